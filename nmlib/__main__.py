@@ -1,0 +1,153 @@
+"""The command line: `python -m nmlib`.
+
+Exit codes: 0 done, 1 failed (one line on stderr says what, where and what to do), 2 wrong usage or settings
+that cannot be used, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from nmlib import config, records
+from nmlib.pipeline import Project, run_notebooks
+from nmlib.runtime import Run, RunError
+
+app = typer.Typer(
+    help="Multi-round conversational image generation that remembers the whole conversation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+ParamsOption = Annotated[str, typer.Option("--params", help="Name of a file in params/, or the path of one.")]
+
+
+@app.command()
+def run(
+    params: ParamsOption = "cpu",
+    only: Annotated[str | None, typer.Option(help="Number of one notebook, for example 03.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run what is up to date as well, from nothing.")] = False,
+    cell_minutes: Annotated[float, typer.Option(min=0.01, help="Longest time for a cell of a notebook.")] = 120.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of every stage, for intervals over seeds.")] = 1,
+) -> None:
+    """Run the notebooks in order; what is up to date is skipped."""
+    project = Project.find()
+    opened = project.open(params)
+    try:
+        ran = run_notebooks(project, opened, only=only, force=force, cell_minutes=cell_minutes, seeds=seeds)
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(_summary(opened) if ran else "everything is up to date")
+
+
+def _summary(opened: Run) -> str:
+    """Minutes and memory of a run, from its records."""
+    found = records.read_records(opened)
+    prefix = "book.minutes."
+    lines = [f"{r.id.removeprefix(prefix):28} {r.value:7.2f} min" for r in found.values() if r.id.startswith(prefix)]
+    if "book.minutes" in found:
+        memory = found["book.peak_memory_gb"].value
+        lines.append(f"{'all':28} {found['book.minutes'].value:7.2f} min, peak memory {memory:.2f} GB")
+    return "\n".join(lines)
+
+
+@app.command()
+def book(
+    params: ParamsOption = "cpu",
+    strict: Annotated[bool, typer.Option("--strict", help="A warning of a notebook is an error.")] = False,
+) -> None:
+    """Render the book of a run, and print where to open it."""
+    from nmlib.book import build_book
+
+    project = Project.find()
+    typer.echo("rendering the book", err=True)
+    page = build_book(project.root, project.open(params), strict=strict)
+    typer.echo(f"open {page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page}")
+
+
+@app.command("params")
+def show_params(
+    name: Annotated[str | None, typer.Argument(help="Name of a file in params/, or the path of one.")] = None,
+) -> None:
+    """List the sizes, or print the checked settings of one with all defaults."""
+    project = Project.find()
+    if name is not None:
+        settings = config.load(project.params_file(name))
+        typer.echo(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
+        typer.echo(f"# hash {config.digest(settings)}")
+        return
+    for file in sorted((project.root / "params").glob("*.yaml")):
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{file.stem:10} {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
+
+
+@app.command()
+def results(
+    params: ParamsOption = "cpu",
+    publish: Annotated[bool, typer.Option("--publish", help="Copy the run's records to book/results/.")] = False,
+    write_readme: Annotated[bool, typer.Option("--write-readme", help="Write the table into README.md.")] = False,
+) -> None:
+    """Print the records of a run, or the published ones, and check that code and settings are still the same."""
+    project = Project.find()
+    opened = project.open(params)
+    published = project.root / "book" / "results" / f"{opened.name}.json"
+    if publish:
+        typer.echo(f"published {records.publish(opened, published.parent)}", err=True)
+    source = opened.folder if records.read_records(opened) or not published.exists() else published
+    found = records.read_records(source)
+    if not found:
+        raise RunError(f"{source}: no records; run `python -m nmlib run --params {opened.name}` first")
+    typer.echo(records.table(found.values()))
+    stale = records.mismatches(opened, found.values())
+    if stale:
+        raise RunError(f"{source}: {len(stale)} of {len(found)} records are not current; {stale[0]}")
+    if write_readme:
+        records.write_table(project.root / "README.md", records.read_records(published).values())
+
+
+@app.command()
+def chat(
+    params: ParamsOption = "cpu",
+    stage: Annotated[str, typer.Option(help="Training stage to talk to.")] = "rollback",
+    picture: Annotated[Path | None, typer.Option(help="First picture; by default one that was held out.")] = None,
+) -> None:
+    """Talk to a trained model: say what to change, undo, go back, branch."""
+    opened = Project.find().open(params)
+    try:
+        opened.params.stage(stage)
+    except KeyError as error:
+        raise RunError(str(error.args[0])) from None
+    from nmlib import chat, data, experiments  # these load the model libraries, which takes seconds
+
+    session = chat.ChatSession(experiments.load_system(opened, stage))
+    if picture is None:
+        source = data.open_source(opened.params.source)
+        session.upload(data.sample_pictures(source, 1, "heldout", data.step_generator(opened.params.seed, 0))[2][0])
+    else:
+        session.upload(picture)
+    chat.repl(session, opened.path("chat", stage))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; always ends by SystemExit with one of the codes above.
+
+    Args:
+        arguments: words after the program's name; by default those of this process.
+    """
+    try:
+        app(args=arguments, prog_name="nmlib")
+    except config.ParamsError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except RunError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""From a run's executed notebooks to the rendered book.
+
+Executed notebooks are copied into `book/chapters/` in the state in which they are shown: without the cells
+that only set parameters, without what progress bars left behind, and with live widgets replaced by the static
+version they carry along.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from nmlib import records, runtime
+from nmlib.runtime import Run, RunError
+
+_VIEW = "application/vnd.jupyter.widget-view+json"
+_BAR = re.compile(r"\d+%\|.*\||\d+(it|\S*) \[\d\d:\d\d")
+_NOT_MEANINGFUL = """\
+:::{{warning}}
+This page was built with `params/{name}.yaml`, a size that only shows that everything runs. Its numbers and
+pictures say nothing about the method.
+:::
+"""
+
+
+def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
+    """Render the book of a run.
+
+    Args:
+        root: the folder of the project.
+        run: the run whose executed notebooks are shown.
+        strict: whether a warning printed by a notebook is an error.
+
+    Returns:
+        The first page.
+
+    Raises:
+        RunError: a chapter was not executed, printed a warning under `strict`, or the book does not build.
+    """
+    names = chapters(root)
+    missing = [name for name in names if not run.path("chapters", f"{name}.ipynb").exists()]
+    if missing:
+        command = f"python -m nmlib run --params {run.name}"
+        raise RunError(f"{run.folder / 'chapters'}: not executed yet: {', '.join(missing)}; run `{command}`")
+    shown = root / "book" / "chapters"
+    shutil.rmtree(shown, ignore_errors=True)
+    warnings = []
+    for name in names:
+        notebook = nbformat.read(run.path("chapters", f"{name}.ipynb"), as_version=4)
+        warnings += [f"{name}: {text}" for text in polish(notebook, None if run.params.meaningful else run.name)]
+        with runtime.atomic_path(shown / f"{name}.ipynb") as temporary:
+            nbformat.write(notebook, temporary)
+    if strict and warnings:
+        raise RunError(f"{len(warnings)} warnings of notebooks; first: {' '.join(warnings[0].split())}")
+    _write_generated(root / "book" / "generated", run)
+    _build(root)
+    return root / "_build" / "html" / "index.html"
+
+
+def chapters(root: Path) -> list[str]:
+    """Names of the notebooks that the table of contents lists.
+
+    Raises:
+        RunError: the table of contents cannot be read or lists a notebook that does not exist.
+    """
+    file = root / "book" / "_toc.yml"
+    try:
+        listed = _files(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise RunError(f"{file}: cannot be read ({error})") from None
+    names = [name.removeprefix("chapters/") for name in listed if name.startswith("chapters/")]
+    missing = [name for name in names if not (root / "notebooks" / f"{name}.ipynb").exists()]
+    if missing:
+        raise RunError(f"{file}: lists {', '.join(missing)}, but notebooks/ has no such notebook")
+    return names
+
+
+def _files(node: Any) -> list[str]:
+    """Every `file:` of a table of contents, in order."""
+    if isinstance(node, list):
+        return [name for part in node for name in _files(part)]
+    if isinstance(node, dict):
+        return [name for key, part in node.items() for name in ([part] if key == "file" else _files(part))]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# one notebook
+
+
+def polish(notebook: nbformat.NotebookNode, not_meaningful: str | None = None) -> list[str]:
+    """Change an executed notebook into the form the book shows.
+
+    Args:
+        notebook: changed in place.
+        not_meaningful: name of the params, if their results mean nothing and the page shall say so.
+
+    Returns:
+        What the notebook printed to stderr apart from progress bars.
+    """
+    notebook.metadata.pop("papermill", None)
+    left: list[str] = []
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        cell.metadata.pop("papermill", None)
+        tags = cell.metadata.get("tags", [])
+        if {"parameters", "injected-parameters"} & set(tags) and "remove-cell" not in tags:
+            cell.metadata["tags"] = [*tags, "remove-cell"]
+        cell.outputs = _without_progress(cell.outputs, left)
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if "text/html" in data:
+                data.pop(_VIEW, None)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    if not any(_VIEW in output.get("data", {}) for output in outputs):
+        notebook.metadata.pop("widgets", None)
+    if not_meaningful is not None:
+        _add_note(notebook, _NOT_MEANINGFUL.format(name=not_meaningful))
+    return left
+
+
+def _without_progress(outputs: list[nbformat.NotebookNode], left: list[str]) -> list[nbformat.NotebookNode]:
+    """Outputs without progress bars; other text on stderr stays, as one output, and is appended to `left`."""
+    kept, text = [], ""
+    for output in outputs:
+        if output.output_type == "stream" and output.name == "stderr":
+            text += output.text
+        else:
+            kept.append(output)
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip() and not _BAR.search(line)]
+    if lines:
+        left.append("\n".join(lines))
+        kept.append(nbformat.v4.new_output("stream", name="stderr", text="\n".join(lines) + "\n"))
+    return kept
+
+
+def _add_note(notebook: nbformat.NotebookNode, note: str) -> None:
+    """Put a note below the title of a page."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.lstrip().startswith("# "):
+            title, _, rest = cell.source.lstrip().partition("\n")
+            cell.source = f"{title}\n\n{note}\n{rest.lstrip()}"
+            return
+    raise RunError("a notebook has no markdown cell that starts with its title (`# ...`)")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the whole book
+
+
+def _write_generated(folder: Path, run: Run) -> None:
+    """Write the pages that say what this book was built from."""
+    found = records.read_records(run)
+    made = f"Built with `params/{run.name}.yaml` on {runtime.machine()}."
+    if "book.minutes" in found:
+        made += f" The notebooks took {found['book.minutes'].value:.1f} minutes."
+    note = "" if run.params.meaningful else "\n" + _NOT_MEANINGFUL.replace("page", "book").format(name=run.name)
+    table = records.table(found.values()) if found else "This run recorded nothing."
+    intro = "Every number that this run measured, with its 95% interval where one was computed."
+    pages = {"run.md": f"{made}\n{note}", "results.md": f"# All results\n\n{intro} {made}\n{note}\n{table}\n"}
+    for name, text in pages.items():
+        with runtime.atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _build(root: Path) -> None:
+    """Run Jupyter Book; every warning is an error."""
+    start = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
+    options = ["--config", "_config.yml", "--path-output", ".", "-W", "-n", "--keep-going", "--all", "-q"]
+    command = [sys.executable, "-c", start, "build", "book", *options]
+    done = subprocess.run(command, cwd=root, check=False, stdout=subprocess.DEVNULL)  # warnings go to stderr
+    if done.returncode:
+        raise RunError(f"the book did not build (exit code {done.returncode}); the messages above say why")

@@ -1,0 +1,255 @@
+"""Everything that is trained, in order: encoder, detokenizer, and the stages of a params file.
+
+A stage is data (`StageConfig`): where it starts, what it reads, what it may change. The trainer knows nothing of
+its meaning. Each result is one file in the run folder whose metadata rebuilds it.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from nmlib import checkpoint, config, data, layout, train
+from nmlib.config import DetokenizerConfig, ModelConfig, OptimConfig, Params, Settings, StageConfig, VisionConfig
+from nmlib.detokenizer import Detokenizer
+from nmlib.identity import ArcFaceTrainer, export_onnx
+from nmlib.layout import Template
+from nmlib.mllm import HistoryMLLM
+from nmlib.runtime import Run
+from nmlib.sources import Source, attribute_sizes
+from nmlib.vision import EncoderTrainer, VisionTransformer
+
+M = TypeVar("M", bound=nn.Module)
+History = list[dict[str, float]]
+
+
+def _run_training(
+    run: Run,
+    name: str,
+    module: nn.Module,
+    batch_at: Callable[[int], dict[str, Any]],
+    optim: OptimConfig,
+    seed: int,
+    settings: Iterable[Settings],
+) -> History:
+    """Train, or go on with a training that was interrupted under the same settings."""
+    history = train.fit(
+        module,
+        batch_at,
+        optim,
+        run.path("training", name),
+        seed=seed,
+        precision=run.params.precision,
+        title=name,
+        key="-".join(config.digest(part) for part in settings),
+    )
+    run.log("trained", name=name, steps=optim.steps, **{f"final_{k}": v for k, v in history[-1].items()})
+    return history
+
+
+def _finish(run: Run, name: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Store a result, then drop the training's own checkpoint."""
+    checkpoint.save(run.path(f"{name}.safetensors"), tensors, metadata)
+    run.path("training", name, "progress.safetensors").unlink(missing_ok=True)
+
+
+def train_encoder(run: Run, source: Source) -> History:
+    """Train the image encoder on pictures of the training split; writes `encoder.safetensors`."""
+    params, optim = run.params, run.params.vision.optim
+    subject_dim = source.sample_subjects(1, "train", data.step_generator(0, 0)).shape[1]
+    torch.manual_seed(params.seed)
+    module = EncoderTrainer(params.vision, params.source.image_size, attribute_sizes(source), subject_dim)
+
+    def batch_at(step: int) -> dict[str, Tensor]:
+        generator = data.step_generator(params.seed + 1, step)
+        subjects, values, images = data.sample_pictures(source, optim.batch_size, "train", generator)
+        return {"images": images, "values": values, "subjects": subjects}
+
+    history = _run_training(run, "encoder", module, batch_at, optim, params.seed, (params.source, params.vision))
+    metadata = {
+        "settings": params.vision.model_dump(mode="json"),
+        "image_size": params.source.image_size,
+        "history": history,
+        "key": data.settings_key(params, params.seed),
+    }
+    _finish(run, "encoder", module.encoder.state_dict(), metadata)
+    return history
+
+
+def load_encoder(run: Run) -> VisionTransformer:
+    """The frozen encoder of a run."""
+    path = run.path("encoder.safetensors")
+    tensors, metadata = checkpoint.load(path)
+    encoder = VisionTransformer(VisionConfig.model_validate_json(_json(metadata["settings"])), metadata["image_size"])
+    return _frozen(encoder, tensors, path)
+
+
+def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> History:
+    """Train the DiT to reconstruct pictures from their tokens; writes `detokenizer.safetensors`."""
+    params, optim = run.params, run.params.detokenizer.optim
+    torch.manual_seed(params.seed)
+    module = Detokenizer(
+        params.detokenizer, params.source.image_size, params.tokens_per_image, params.vision.feature_dim
+    )
+
+    def batch_at(step: int) -> dict[str, Tensor]:
+        generator = data.step_generator(params.seed + 2, step)
+        _, _, images = data.sample_pictures(source, optim.batch_size, "train", generator)
+        with torch.no_grad():
+            return {"tokens": encoder(images), "images": images}
+
+    settings = (params.source, params.vision, params.detokenizer)
+    history = _run_training(run, "detokenizer", module, batch_at, optim, params.seed, settings)
+    metadata = {
+        "settings": params.detokenizer.model_dump(mode="json"),
+        "image_size": params.source.image_size,
+        "tokens": params.tokens_per_image,
+        "feature_dim": params.vision.feature_dim,
+        "history": history,
+    }
+    _finish(run, "detokenizer", module.state_dict(), metadata)
+    return history
+
+
+def load_detokenizer(run: Run) -> Detokenizer:
+    """The trained detokenizer of a run."""
+    path = run.path("detokenizer.safetensors")
+    tensors, metadata = checkpoint.load(path)
+    settings = DetokenizerConfig.model_validate_json(_json(metadata["settings"]))
+    module = Detokenizer(settings, metadata["image_size"], metadata["tokens"], metadata["feature_dim"])
+    return _frozen(module, tensors, path)
+
+
+def stage_model_settings(params: Params, stage: StageConfig) -> ModelConfig:
+    """Model settings of a stage: the params file's, with what the stage overrides."""
+    changes = {name: getattr(stage, name) for name in ("response", "markers") if getattr(stage, name) is not None}
+    return ModelConfig.model_validate(params.model.model_dump() | changes)
+
+
+def new_model(
+    settings: ModelConfig, tokenizer: PreTrainedTokenizerFast, tokens: int, feature_dim: int
+) -> tuple[HistoryMLLM, Template]:
+    """A fresh model and the template it reads."""
+    template = Template(tokenizer, tokens, settings.response)
+    markers = [template.marker_id(index) for index in range(settings.max_rounds)] if settings.markers else []
+    model = HistoryMLLM(
+        settings,
+        vocab_size=len(tokenizer),
+        tokens_per_image=tokens,
+        feature_dim=feature_dim,
+        marker_ids=markers,
+        slot_ids=template.image_ids if settings.markers else [],
+        pad_token_id=int(tokenizer.pad_token_id),
+    )
+    return model, template
+
+
+def _predicted_share(stage: StageConfig, step: int) -> float:
+    """Share of history images replaced by predictions: zero, then a ramp, then constant."""
+    ramp = (step / stage.optim.steps - 0.3) / 0.4
+    return stage.predicted_history * min(1.0, max(0.0, ramp))
+
+
+def train_stage(run: Run, name: str, source: Source, features: data.ConversationFeatures, seed: int = 0) -> History:
+    """Train one stage; writes `models/<name>.safetensors`, LoRA merged.
+
+    Args:
+        run: holds params and earlier stages.
+        name: of the stage.
+        source: gives the vocabulary.
+        features: the stage's data set.
+        seed: added to the run's seed, for intervals over seeds.
+    """
+    params, stage = run.params, run.params.stage(name)
+    settings = stage_model_settings(params, stage)
+    torch.manual_seed(params.seed + seed)
+    tokens, dim = params.tokens_per_image, params.vision.feature_dim
+    tokenizer = layout.build_tokenizer(source.attributes, tokens, settings.max_rounds)
+    model, template = new_model(settings, tokenizer, tokens, dim)
+    result = model_name(name, seed)
+    if stage.start is None:
+        model.feature_scale.copy_(torch.cat(features.features).std(0).clamp_min(0.05))  # (N, D_feature)
+    else:
+        start = run.path(f"{model_name(stage.start, seed)}.safetensors")
+        checkpoint.load_into(model, checkpoint.load(start)[0], str(start))
+    if stage.trainable == "lora":
+        model.add_lora()
+
+    def batch_at(step: int) -> dict[str, Any]:
+        conversations, true = features.batch(step, stage.optim.batch_size, params.seed + seed + 3)
+        generator = data.step_generator(params.seed + seed + 4, step)
+        chance = _predicted_share(stage, step)
+        replaced = torch.rand(true.shape[:2], generator=generator) < chance if chance else None
+        batch = template.packed(conversations) if stage.supervision == "packed" else template.prefix(conversations)
+        return {"layout": batch, "features": true, "replaced": replaced, "history_noise": stage.history_noise}
+
+    parts = (params.source, params.vision, settings, stage, params.data[stage.data])
+    history = _run_training(run, result, model, batch_at, stage.optim, params.seed + seed, parts)
+    if stage.trainable == "lora":
+        model.merge_lora()
+    metadata = {
+        "settings": settings.model_dump(mode="json"),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "tokens": tokens,
+        "feature_dim": dim,
+        "stage": stage.model_dump(mode="json"),
+        "history": history,
+    }
+    _finish(run, result, model.state_dict(), metadata)
+    return history
+
+
+def model_name(stage: str, seed: int = 0) -> str:
+    """Name of a stage's result in the run folder; repeats with other seeds carry theirs."""
+    return f"models/{stage}" if seed == 0 else f"models/{stage}-seed{seed}"
+
+
+def load_model(path: Path) -> tuple[HistoryMLLM, Template]:
+    """Rebuild a model and its template from one checkpoint file."""
+    tensors, metadata = checkpoint.load(path)
+    settings = ModelConfig.model_validate_json(_json(metadata["settings"]))
+    tokenizer = layout.wrap_tokenizer(Tokenizer.from_str(metadata["tokenizer"]), metadata["tokens"])
+    model, template = new_model(settings, tokenizer, metadata["tokens"], metadata["feature_dim"])
+    return _frozen(model, tensors, path), template
+
+
+def load_history(path: Path) -> History:
+    """Loss history of a trained file."""
+    return checkpoint.load(path)[1]["history"]
+
+
+def _frozen(module: M, tensors: dict[str, Tensor], path: Path) -> M:
+    checkpoint.load_into(module, tensors, str(path))
+    module.eval().requires_grad_(False)
+    return module
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+def train_identity(run: Run, source: Source) -> History:
+    """Train the subject embedder on its own subjects; writes `identity.onnx`, which insightface loads."""
+    params, settings = run.params, run.params.identity
+    generator = data.step_generator(params.seed + 5, 0)
+    people = source.sample_subjects(settings.identities, "train", generator)  # (K, S)
+    torch.manual_seed(params.seed)
+    module = ArcFaceTrainer(settings, params.source.image_size)
+
+    def batch_at(step: int) -> dict[str, Any]:
+        chance = data.step_generator(params.seed + 6, step)
+        labels = torch.randint(len(people), (settings.optim.batch_size,), generator=chance)  # (B,)
+        subjects = source.other_view(people[labels], chance)  # (B, S)
+        images = source.render(subjects, data.sample_values(source, len(labels), chance))  # (B, 3, H, W)
+        return {"images": images, "labels": labels, "step": step}
+
+    history = _run_training(run, "identity", module, batch_at, settings.optim, params.seed, (params.source, settings))
+    export_onnx(module.embedder, run.path("identity.onnx"))
+    run.path("training", "identity", "progress.safetensors").unlink(missing_ok=True)
+    return history

@@ -1,0 +1,148 @@
+"""Who is shown: an embedder of subjects trained with the ArcFace loss, exported to ONNX, loaded by `insightface`.
+
+It learns on subjects that nothing else sees. Two pictures of one subject (other pose, light, edits) should be
+close, two subjects apart. On photographs any local ArcFace ONNX file is loaded by the same call.
+"""
+
+import contextlib
+import io
+import itertools
+import logging
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmlib.config import IdentityConfig
+from nmlib.runtime import atomic_path
+
+INPUT_SIZE = 112
+CHANNELS = (32, 64, 128, 192)
+WARMUP_STEPS = 300
+
+
+class IdentityError(ValueError):
+    """An embedder that cannot be used; the message says why."""
+
+
+class IdentityLosses(NamedTuple):
+    """`total` is the ArcFace loss; `accuracy` the share of subjects recognised without the margin."""
+
+    total: Tensor
+    accuracy: Tensor
+
+
+class Embedder(nn.Module):
+    """A small convolutional network from pictures to unit vectors.
+
+    Its ONNX form takes what insightface feeds: (B, 3, 112, 112), BGR swapped to RGB, scaled to [-1, 1].
+    """
+
+    def __init__(self, embedding_dim: int, working_size: int) -> None:
+        super().__init__()
+        self.working_size = working_size
+        widths = (3, *CHANNELS)
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.PReLU(after)]
+        self.features = nn.Sequential(*layers)
+        side = working_size
+        for _ in CHANNELS:
+            side = (side + 1) // 2
+        self.head = nn.Linear(CHANNELS[-1] * side**2, embedding_dim)
+        self.norm = nn.BatchNorm1d(embedding_dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, h, w) in [-1, 1] -> unit vectors (B, E)."""
+        size = (self.working_size, self.working_size)
+        resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False)  # (B, 3, s, s)
+        return F.normalize(self.norm(self.head(self.features(resized).flatten(1))), dim=1)  # (B, E)
+
+
+class ArcFaceTrainer(nn.Module):
+    """Additive angular margin over the training subjects (Deng et al. 2019), margin ramped up."""
+
+    def __init__(self, settings: IdentityConfig, working_size: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embedder = Embedder(settings.embedding_dim, working_size)
+        self.centres = nn.Parameter(0.1 * torch.randn(settings.identities, settings.embedding_dim))
+
+    def forward(self, images: Tensor, labels: Tensor, step: int) -> IdentityLosses:
+        """Loss of pictures (B, 3, H, W) in [0, 1] of subjects `labels` (B,)."""
+        vectors = self.embedder(images * 2 - 1).float()  # (B, E)
+        cosine = vectors @ F.normalize(self.centres.float(), dim=1).T  # (B, K)
+        margin = self.settings.margin * min(1.0, step / WARMUP_STEPS)
+        angle = torch.acos(cosine.gather(1, labels[:, None]).clamp(-0.999, 0.999))  # (B, 1)
+        logits = self.settings.scale * cosine.scatter(1, labels[:, None], torch.cos(angle + margin).to(cosine.dtype))
+        return IdentityLosses(F.cross_entropy(logits, labels), (cosine.argmax(1) == labels).float().mean())
+
+
+def export_onnx(embedder: Embedder, path: Path) -> None:
+    """Write the embedder as an ArcFace ONNX file that insightface loads."""
+    embedder.eval()
+    example = torch.zeros(2, 3, INPUT_SIZE, INPUT_SIZE)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is missing
+    quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)  # of torch.export's own making
+    with atomic_path(path) as temporary, contextlib.redirect_stdout(io.StringIO()), quiet:
+        torch.onnx.export(
+            embedder,
+            (example,),
+            str(temporary),
+            input_names=["input"],
+            output_names=["embedding"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1, max=4096)}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+class FaceEmbedder:
+    """An ArcFace ONNX file, loaded by insightface.
+
+    Args:
+        path: a local file.
+
+    Raises:
+        IdentityError: the file is missing or insightface does not take it for a face embedder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from insightface.model_zoo import get_model
+
+        if not path.is_file():
+            raise IdentityError(f"{path}: no such ONNX file; run the notebook that trains the embedder")
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._model = get_model(str(path), providers=["CPUExecutionProvider"])
+        if self._model is None or not hasattr(self._model, "get_feat"):
+            raise IdentityError(f"{path}: insightface does not take this for an ArcFace network of {INPUT_SIZE} px")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, E) of pictures (B, 3, H, W) in [0, 1]."""
+        size = (INPUT_SIZE, INPUT_SIZE)
+        resized = F.interpolate(images, size, mode="bilinear", align_corners=False)  # (B, 3, 112, 112)
+        pixels = (resized * 255).round().to(torch.uint8).permute(0, 2, 3, 1).flip(-1).cpu().numpy()
+        vectors = np.concatenate(
+            [self._model.get_feat(list(part)) for part in np.array_split(pixels, len(pixels) // 256 + 1)]
+        )
+        return F.normalize(torch.from_numpy(vectors).float(), dim=1)  # (B, E)
+
+    def check(self, first: Tensor, second: Tensor) -> float:
+        """Area under the ROC curve on known pairs: row i of both shows one subject.
+
+        Raises:
+            IdentityError: all pairs look alike, as they do when a network scales its own input.
+        """
+        scores = self(first) @ self(second).T  # (B, B)
+        same, other = scores.diag(), scores[~torch.eye(len(scores), dtype=torch.bool)]
+        if float(scores.std()) < 1e-2:
+            raise IdentityError(
+                f"every pair scores {float(scores.mean()):.2f}: this is no face embedder, or it scales its own input "
+                "(insightface already maps pixels to [-1, 1])"
+            )
+        return float((same[:, None] > other[None]).float().mean())

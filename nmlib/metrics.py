@@ -1,0 +1,247 @@
+"""Measures with exact truth: which state a prediction shows, which base it came from, and what is at best possible.
+
+No judge is trained. Every candidate picture is drawn, encoded, and compared with the prediction; the nearest
+candidate is what the prediction shows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from nmlib.conversation import Conversation, Round
+from nmlib.sources import Source, attribute_index, attribute_sizes
+
+Encode = Callable[[Tensor], Tensor]
+
+
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture, in dB: images and truth (B, 3, H, W) in [0, 1] -> (B,)."""
+    return -10 * torch.log10((images - truth).square().mean((1, 2, 3)).clamp_min(1e-10))  # (B,)
+
+
+def ssim(images: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity of each picture: (B, 3, H, W) in [0, 1] -> (B,)."""
+    scores = structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
+    assert isinstance(scores, Tensor)
+    return scores  # (B,)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% bootstrap interval over n conversations."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(values: Tensor, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Mean and percentile interval over conversations.
+
+    Args:
+        values: (n,) one number for each conversation.
+        resamples: bootstrap samples.
+        seed: of the resampling.
+    """
+    values = values.double().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)  # (resamples, n)
+    means = values[picks].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(float(values.mean()), low, high, len(values))
+
+
+class Candidates:
+    """Exact pictures, encoded, of the states that a prediction is compared with; drawn once and kept.
+
+    Args:
+        source: draws them.
+        encode: float images (B, 3, H, W) -> features (B, N, D).
+    """
+
+    def __init__(self, source: Source, encode: Encode) -> None:
+        self.source, self.encode = source, encode
+        self._kept: dict[tuple[object, tuple[int, ...]], Tensor] = {}
+
+    def features(self, wanted: Sequence[tuple[tuple[float, ...], tuple[int, ...]]]) -> Tensor:
+        """Features (K, N, D) of (subject, values) pairs."""
+        missing = [key for key in dict.fromkeys(wanted) if key not in self._kept]
+        for start in range(0, len(missing), 256):
+            part = missing[start : start + 256]
+            subjects = torch.tensor([subject for subject, _ in part])  # (B, S)
+            images = self.source.render(subjects, torch.tensor([values for _, values in part]))  # (B, 3, H, W)
+            self._kept.update(zip(part, self.encode(images).half(), strict=True))
+        return torch.stack([self._kept[key] for key in wanted]).float()  # (K, N, D)
+
+
+def _nearest(prediction: Tensor, candidates: Tensor) -> int:
+    return int((candidates - prediction).square().mean((1, 2)).argmin())
+
+
+def read_attributes(
+    predictions: Tensor, conversations: Sequence[Conversation], index: int, candidates: Candidates
+) -> Tensor:
+    """Which attributes of a round's picture are right, by exact candidates.
+
+    For each attribute all its values are drawn on the true state; the nearest one is what the picture shows.
+
+    Args:
+        predictions: (B, N, D) of round `index`.
+        conversations: B conversations with subject and exact states.
+        index: round.
+        candidates: draws and encodes.
+
+    Returns:
+        (B, A) bool.
+    """
+    sizes = attribute_sizes(candidates.source)
+    right = torch.zeros(len(conversations), len(sizes), dtype=torch.bool)
+    for row, conversation in enumerate(conversations):
+        truth, subject = _truth(conversation, index)
+        states = [
+            (subject, (*truth[:place], value, *truth[place + 1 :]))
+            for place, size in enumerate(sizes)
+            for value in range(size)
+        ]
+        parts = candidates.features(states).split(sizes)  # A x (size, N, D)
+        for place, part in enumerate(parts):
+            right[row, place] = _nearest(predictions[row], part) == truth[place]
+    return right
+
+
+def _truth(conversation: Conversation, index: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    values, subject = conversation.rounds[index].values, conversation.subject
+    if values is None or subject is None:
+        raise ValueError(f"conversation {conversation.id!r}, round {index}: no exact state; exact measures need one")
+    return values, subject
+
+
+def _edited(source: Source, values: tuple[int, ...], item: Round) -> tuple[int, ...]:
+    if item.edit is None:
+        return values
+    place = attribute_index(source, item.edit.attribute)
+    value = source.attributes[place].values.index(item.edit.value)
+    return (*values[:place], value, *values[place + 1 :])
+
+
+def base_retrieved(
+    predictions: Tensor, conversations: Sequence[Conversation], index: int, candidates: Candidates
+) -> Tensor:
+    """Whether the right base was found, whatever became of small features.
+
+    The requested edit is applied to the state of every earlier round; the nearest result must be the true one.
+
+    Args:
+        predictions: (B, N, D) of round `index`.
+        conversations: B conversations with exact states.
+        index: round.
+        candidates: draws and encodes.
+
+    Returns:
+        (B,) bool.
+    """
+    found = []
+    for row, conversation in enumerate(conversations):
+        truth, subject = _truth(conversation, index)
+        item = conversation.rounds[index]
+        states = [_edited(candidates.source, _truth(conversation, r)[0], item) for r in range(index)]
+        distinct = list(dict.fromkeys(states))
+        nearest = _nearest(predictions[row], candidates.features([(subject, state) for state in distinct]))
+        found.append(distinct[nearest] == truth)
+    return torch.tensor(found)  # (B,)
+
+
+def retrieval_chance(source: Source, conversation: Conversation, index: int) -> float:
+    """Chance of finding the right base blindly: one over the number of distinct results."""
+    item = conversation.rounds[index]
+    return 1 / len({_edited(source, _truth(conversation, r)[0], item) for r in range(index)})
+
+
+def walk_distribution(sizes: Sequence[int], steps: Sequence[int | None]) -> Tensor:
+    """Where a random walk over states is, relative to its start, after the given steps.
+
+    Each step changes one attribute to another value, uniformly. By symmetry it does not matter whether the
+    walk runs forward or back, so this is also the posterior of the state k rounds ago given the last one.
+
+    Args:
+        sizes: number of values of each attribute.
+        steps: for each step, the attribute it is known to change; None for any, -1 - a for any but attribute a.
+
+    Returns:
+        Probabilities over states, shape `sizes`; index 0 of each axis is the value of the start.
+    """
+    probability = torch.zeros(tuple(sizes), dtype=torch.float64)
+    probability[(0,) * len(sizes)] = 1.0
+    for known in steps:
+        if known is None:
+            places = list(range(len(sizes)))
+        else:
+            places = [known] if known >= 0 else [p for p in range(len(sizes)) if p != -1 - known]
+        moved = torch.zeros_like(probability)
+        for place in places:
+            total = probability.sum(place, keepdim=True)
+            moved += (total - probability) / (sizes[place] - 1) / len(places)
+        probability = moved
+    return probability
+
+
+def markov_ceiling(source: Source, conversation: Conversation, index: int) -> float:
+    """The best chance of a policy that sees only the last picture and the instruction to hit the exact state.
+
+    The base is `depth` random edits away from the last picture. The policy knows how conversations are drawn. A
+    reference by content also tells it which attribute the oldest of these edits changed, perhaps that no edit in
+    between did, perhaps to which value (the best of these readings counts, so the ceiling is never too low). A new
+    edit makes its attribute known, and says that the base had another value there. Computed by enumeration over all
+    states.
+
+    Args:
+        source: gives the number of values of each attribute.
+        conversation: rounds before `index` are Markov.
+        index: the rollback round.
+    """
+    item, depth, sizes = conversation.rounds[index], conversation.depth(index), attribute_sizes(source)
+    last = _truth(conversation, index - 1)[0]
+    named = conversation.rounds[item.base + 1].edit if item.reference == "content" and item.base is not None else None
+    if named is None:
+        readings = [_walk_from(last, sizes, [None] * depth)]
+    else:
+        place = attribute_index(source, named.attribute)
+        between: list[list[int | None]] = [[-1 - place] * (depth - 1), [None] * (depth - 1)]
+        readings = [_walk_from(last, sizes, [*steps, place]) for steps in between]
+        value = source.attributes[place].values.index(named.value)
+        readings.append(_before(_walk_from(last, sizes, between[1]), place, value))
+    return max(_best_guess(source, item, probability) for probability in readings)
+
+
+def _walk_from(state: Sequence[int], sizes: Sequence[int], steps: Sequence[int | None]) -> Tensor:
+    """`walk_distribution` from a state: probabilities over states, shape `sizes`."""
+    probability = walk_distribution(sizes, steps)
+    for place, (value, size) in enumerate(zip(state, sizes, strict=True)):
+        order = list(range(size))
+        order[0], order[value] = value, 0  # all values but the start's are alike
+        probability = probability.index_select(place, torch.tensor(order))
+    return probability
+
+
+def _before(probability: Tensor, place: int, value: int) -> Tensor:
+    """States before an edit that set an attribute to a value, given the distribution of states after it."""
+    after = probability.select(place, value).unsqueeze(place)
+    allowed = (torch.arange(probability.shape[place]) != value).double()
+    shape = [-1 if axis == place else 1 for axis in range(probability.ndim)]
+    before = after * allowed.reshape(shape)
+    return before / before.sum()
+
+
+def _best_guess(source: Source, item: Round, probability: Tensor) -> float:
+    if item.edit is None:
+        return float(probability.max())
+    place = attribute_index(source, item.edit.attribute)
+    wanted = source.attributes[place].values.index(item.edit.value)
+    allowed = [value for value in range(probability.shape[place]) if value != wanted]
+    possible = probability.index_select(place, torch.tensor(allowed))
+    total = float(possible.sum())
+    return float(possible.sum(place).max()) / total if total else 0.0  # a reading that the edit rules out

@@ -1,0 +1,228 @@
+"""The history-conditioned multimodal language model and its losses.
+
+What differs from a textbook language model:
+- image features enter through `input_resampler` at the N slots of each history block;
+- the N query tokens of a block are ordinary vocabulary rows; the hidden states at their slots leave through
+  `output_resampler` and are regressed on the frozen encoder's features;
+- with markers, every history token also carries the embeddings of its picture's number and of its slot, so that
+  "#2" in a text finds picture 2, and the n-th query its n-th token, by content; and the queries start from the
+  history tokens of the picture that the reply names, so that what an edit leaves alone need not be looked up;
+- in training, history images can be replaced by the model's own predictions.
+Module names are SEED-X's (`llm`, `input_resampler`, `output_resampler`).
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nmlib.config import ModelConfig
+from nmlib.layout import IGNORE, Layout
+from nmlib.resampler import Resampler
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WORD_STD = 0.5
+WEIGHT_STD = 0.05
+LORA_FULLY_TRAINED = ("input_layernorm", "post_attention_layernorm", "norm")
+
+
+class Losses(NamedTuple):
+    """Losses of a batch; `total` is the weighted sum."""
+
+    total: Tensor
+    text: Tensor
+    image: Tensor
+
+
+class Output(NamedTuple):
+    """What a forward pass gives: image predictions (Q, N, D) in the order of `layout.queries`, and logits."""
+
+    images: Tensor
+    logits: Tensor
+    attentions: Sequence[Tensor] | None = None
+
+
+class HistoryMLLM(nn.Module):
+    """LLaMA that reads the whole history of a conversation and predicts image features.
+
+    Args:
+        settings: sizes and loss weights.
+        vocab_size: words of the tokenizer.
+        tokens_per_image: N.
+        feature_dim: width of an image feature.
+        marker_ids: vocabulary id of the marker of round 0, 1, ...; empty without markers.
+        slot_ids: vocabulary ids of the N query tokens; empty without markers.
+        pad_token_id: id of padding.
+    """
+
+    def __init__(
+        self,
+        settings: ModelConfig,
+        *,
+        vocab_size: int,
+        tokens_per_image: int,
+        feature_dim: int,
+        marker_ids: Sequence[int],
+        slot_ids: Sequence[int],
+        pad_token_id: int = 0,
+    ) -> None:
+        super().__init__()
+        self.settings, self.tokens_per_image, self.feature_dim = settings, tokens_per_image, feature_dim
+        self.llm: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab_size,
+                hidden_size=settings.hidden_size,
+                intermediate_size=settings.intermediate_size,
+                num_hidden_layers=settings.layers,
+                num_attention_heads=settings.heads,
+                max_position_embeddings=8192,
+                pad_token_id=pad_token_id,
+                initializer_range=WEIGHT_STD,
+                attn_implementation="sdpa",  # type: ignore[call-arg]
+                use_cache=False,
+            )
+        )
+        # Image embeddings have unit variance. Words and weights at LLaMA's usual 0.02 would drown beside them, and
+        # the numbers of pictures and slots could not be found.
+        nn.init.normal_(self.llm.get_input_embeddings().weight, std=WORD_STD)
+        heads = settings.resampler_heads
+        self.input_resampler = Resampler(tokens_per_image, settings.hidden_size, heads, feature_dim)
+        self.output_resampler = Resampler(tokens_per_image, feature_dim, heads, settings.hidden_size)
+        self.input_resampler.start_at_own_position()
+        self.output_resampler.start_at_own_position()
+        self.marker_ids: Tensor
+        self.slot_ids: Tensor
+        self.feature_scale: Tensor
+        self.register_buffer("marker_ids", torch.tensor(list(marker_ids), dtype=torch.int64), persistent=False)
+        self.register_buffer("slot_ids", torch.tensor(list(slot_ids), dtype=torch.int64), persistent=False)
+        self.register_buffer("feature_scale", torch.ones(tokens_per_image, feature_dim))
+
+    def add_lora(self) -> None:
+        """Freeze the language model but for LoRA, norms, embeddings and head; resamplers stay trainable."""
+        settings = LoraConfig(
+            r=self.settings.lora_rank,
+            lora_alpha=self.settings.lora_alpha,
+            lora_dropout=self.settings.lora_dropout,
+            target_modules=list(LORA_TARGETS),
+            modules_to_save=list(LORA_FULLY_TRAINED),
+            task_type="CAUSAL_LM",
+        )
+        with warnings.catch_warnings():  # peft asks transformers by an old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            self.llm = get_peft_model(self.llm, settings)
+        self.base_llm.get_input_embeddings().weight.requires_grad_(True)
+        self.base_llm.lm_head.weight.requires_grad_(True)
+
+    def merge_lora(self) -> None:
+        """Fold LoRA into the weights, so that the model is a plain LLaMA again."""
+        self.llm = self.llm.merge_and_unload()
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether LoRA is attached."""
+        return hasattr(self.llm, "peft_config")
+
+    @property
+    def base_llm(self) -> LlamaForCausalLM:
+        """The LLaMA itself, with or without LoRA around it."""
+        return self.llm.get_base_model() if self.has_lora else self.llm
+
+    def embed_images(self, features: Tensor, rounds: Tensor) -> Tensor:
+        """History features (C, N, D_feature) of rounds (C,) to embeddings (C, N, D)."""
+        embeds = self.input_resampler(features)  # (C, N, D)
+        if len(self.marker_ids):
+            words = self.base_llm.get_input_embeddings()
+            embeds = embeds + words(self.marker_ids[rounds])[:, None] + words(self.slot_ids)
+        return embeds
+
+    def embed_queries(self, query_ids: Tensor, images: Tensor, bases: Tensor) -> Tensor:
+        """Embeddings of query blocks.
+
+        Args:
+            query_ids: (Q, N) ids of the query tokens.
+            images: (C, N, D) embedded history blocks.
+            bases: (Q,) the history block that each query block starts from, -1 for none.
+
+        Returns:
+            (Q, N, D).
+        """
+        embeds = self.base_llm.get_input_embeddings()(query_ids)  # (Q, N, D)
+        if len(self.marker_ids) and len(images):
+            embeds = embeds + images[bases.clamp_min(0)] * (bases >= 0)[:, None, None]
+        return embeds
+
+    def embed(self, layout: Layout, history: Tensor) -> Tensor:
+        """Token embeddings with the slots of images overwritten.
+
+        Args:
+            layout: the batch.
+            history: (C, N, D_feature) features in the order of `layout.history`.
+
+        Returns:
+            (B, T, D).
+        """
+        embeds = self.base_llm.get_input_embeddings()(layout.input_ids)  # (B, T, D)
+        images = self.embed_images(history, layout.history[:, 1])  # (C, N, D)
+        query_ids = layout.input_ids[layout.query_slots].unflatten(0, (-1, self.tokens_per_image))  # (Q, N)
+        queries = self.embed_queries(query_ids, images, layout.bases)  # (Q, N, D)
+        embeds = embeds.masked_scatter(layout.query_slots[..., None], queries.to(embeds.dtype))
+        return embeds.masked_scatter(layout.history_slots[..., None], images.to(embeds.dtype))  # (B, T, D)
+
+    def predict(self, layout: Layout, history: Tensor, output_attentions: bool = False) -> Output:
+        """Image features at the query slots and logits at the supervised text slots."""
+        embeds, mask = self.embed(layout, history), layout.attention_mask()
+        if output_attentions:  # only the eager path keeps them, and its mask is added to the scores
+            mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+            self.base_llm.set_attn_implementation("eager")
+        try:
+            result = self.base_llm.model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=layout.position_ids,
+                use_cache=False,
+                output_attentions=output_attentions,
+            )
+        finally:
+            if output_attentions:
+                self.base_llm.set_attn_implementation("sdpa")
+        hidden_states = result.last_hidden_state  # (B, T, D)
+        queries = hidden_states[layout.query_slots].unflatten(0, (-1, self.tokens_per_image))  # (Q, N, D)
+        logits = self.base_llm.lm_head(hidden_states[layout.labels != IGNORE])  # (L, V)
+        return Output(self.output_resampler(queries), logits, result.attentions)
+
+    def forward(
+        self, layout: Layout, features: Tensor, replaced: Tensor | None = None, history_noise: float = 0.0
+    ) -> Losses:
+        """Losses of a batch.
+
+        Args:
+            layout: token sequences of B conversations.
+            features: (B, R, N, D_feature) true features of every round.
+            replaced: (B, R) bool, history images to replace by the model's own predictions (packed only).
+            history_noise: standard deviation of noise added to history features.
+        """
+        history = features[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)
+        if replaced is not None and bool(replaced.any()):
+            history = self._own_history(layout, features, history, replaced)
+        if history_noise:
+            history = history + history_noise * torch.randn_like(history)
+        output = self.predict(layout, history)
+        targets = features[layout.queries[:, 0], layout.queries[:, 1]]  # (Q, N, D_feature)
+        image = ((output.images.float() - targets) / self.feature_scale).square().mean()
+        labels = layout.labels[layout.labels != IGNORE]  # (L,)
+        text = F.cross_entropy(output.logits.float(), labels) if len(labels) else image.new_zeros(())
+        total = self.settings.text_loss_weight * text + self.settings.feature_loss_weight * image
+        return Losses(total, text, image)
+
+    @torch.no_grad()
+    def _own_history(self, layout: Layout, features: Tensor, history: Tensor, replaced: Tensor) -> Tensor:
+        """True history with the chosen pictures replaced by predictions made from true history."""
+        own = features.clone()
+        own[layout.queries[:, 0], layout.queries[:, 1]] = self.predict(layout, history).images.to(features.dtype)
+        mixed = torch.where(replaced[..., None, None], own, features)  # (B, R, N, D_feature)
+        return mixed[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)

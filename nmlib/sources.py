@@ -1,0 +1,92 @@
+"""Where pictures come from: the interface every source of editable pictures offers.
+
+A *state* is a subject (who or what is shown, continuous numbers) and one value index for every attribute
+(what an edit can change). A source draws any state exactly, which is what makes ground truth exact: the
+builder, the encoder, the model and the experiments only ever talk to this interface, never to a
+particular source.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing an edit can change, with the words people use for it.
+
+    Args:
+        name: identifier, for example `background`.
+        nouns: noun phrases for content references, for example `the wall` in "before you changed the wall".
+        values: names of the values, in index order; for example `("red", "blue")`.
+        commands: value -> imperative clauses that set it, for example `"make the wall blue"`.
+        looks: value -> noun phrases for the look it gives, for example `"the blue wall"`, used in "the one
+            before the blue wall" and, joined by commas, in descriptions. A value with no visible look
+            (for example no hat) has phrases such as `"no hat"`.
+        relative: no single picture reveals the value for certain, because it is defined against the subject as
+            it first was (a mirrored photograph); a conversation does.
+    """
+
+    name: str
+    nouns: tuple[str, ...]
+    values: tuple[str, ...]
+    commands: Mapping[str, tuple[str, ...]]
+    looks: Mapping[str, tuple[str, ...]]
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("commands", "looks"):
+            phrases: Mapping[str, tuple[str, ...]] = getattr(self, field)
+            if set(phrases) != set(self.values) or not all(phrases.values()):
+                raise ValueError(
+                    f"attribute {self.name!r}: {field} has phrases for {sorted(phrases)}, expected at least one for "
+                    f"each of {sorted(self.values)}"
+                )
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A source of exactly editable pictures."""
+
+    name: str
+    image_size: int
+    attributes: tuple[Attribute, ...]
+
+    def sample_subjects(self, count: int, split: str, generator: Generator) -> Tensor:
+        """Draw subjects; `split` is "train" or "heldout" and the two never share one.
+
+        Returns:
+            Float tensor (B, S), S numbers a subject.
+        """
+        ...
+
+    def other_view(self, subjects: Tensor, generator: Generator) -> Tensor:
+        """The same subjects (B, S) seen otherwise: another pose and light, or a slightly different crop."""
+        ...
+
+    def render(self, subjects: Tensor, values: Tensor) -> Tensor:
+        """Draw exact pictures.
+
+        Args:
+            subjects: float tensor (B, S).
+            values: int64 tensor (B, A), one value index for each attribute.
+
+        Returns:
+            Float32 tensor (B, 3, H, W) in [0, 1], H = W = `image_size`.
+        """
+        ...
+
+
+def attribute_sizes(source: Source) -> tuple[int, ...]:
+    """Number of values of each attribute of a source, in order."""
+    return tuple(len(attribute.values) for attribute in source.attributes)
+
+
+def attribute_index(source: Source, name: str) -> int:
+    """Position of an attribute by name; raises KeyError that lists the names."""
+    names: Sequence[str] = [attribute.name for attribute in source.attributes]
+    if name not in names:
+        raise KeyError(f"source {source.name!r} has no attribute {name!r}; it has {', '.join(names)}")
+    return names.index(name)

@@ -1,0 +1,350 @@
+"""How a portrait is drawn: painters of signed-distance shapes, from the wall to the hat.
+
+Everything is batched torch on any device and at any resolution. The batch is the *last* axis here, so that a
+number per picture broadcasts without reshaping and the innermost loop runs over pictures, whatever small
+window of the frame is being painted. Coordinates `x` (1, W, B) and `y` (H, 1, B) stay separate for as long
+as possible: most of the work is then one-dimensional.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nmlib.world_phrases import ATTRIBUTES
+
+IDENTITY = (
+    "skin", "hair", "eyes", "face_width", "face_height", "eye_spacing", "eye_size", "brows", "nose", "mouth",
+    "hair_length", "fringe",
+)  # fmt: skip
+NUISANCE = ("yaw", "shift_x", "shift_y", "lighting", "framing")
+SUBJECT = IDENTITY + NUISANCE
+
+ZOOM, ZOOM_RANGE = 1.1, 1.28  # half frames per portrait unit at framing 0, and the factor from there to 1
+SHIFT = 0.07  # largest shift of the portrait, in half frames
+CENTRE, CENTRE_MOVE = 0.04, 0.08  # where y = 0 is, and how much it moves up at framing 1 to keep the shirt in view
+EYE_Y = -0.03
+EDGE = 2.2  # width of an edge in pixels: soft enough for a small autoencoder, crisp in large pictures
+
+SKIN = ((0.34, 0.22, 0.16), (0.50, 0.33, 0.23), (0.72, 0.50, 0.36), (0.90, 0.69, 0.53), (0.98, 0.84, 0.74))
+NATURAL_HAIR = ((0.07, 0.06, 0.07), (0.22, 0.13, 0.09), (0.42, 0.23, 0.11), (0.66, 0.27, 0.10), (0.93, 0.77, 0.42))
+DYED_HAIR = ((0.96, 0.45, 0.68), (0.20, 0.42, 0.90), (0.78, 0.80, 0.85))
+IRIS = ((0.24, 0.13, 0.07), (0.50, 0.31, 0.10), (0.28, 0.52, 0.28), (0.22, 0.52, 0.86))
+WALLS = (
+    (0.80, 0.30, 0.29), (0.36, 0.62, 0.40), (0.33, 0.50, 0.80), (0.94, 0.82, 0.42), (0.58, 0.40, 0.70),
+    (0.92, 0.92, 0.92), (0.17, 0.18, 0.21), (0.94, 0.58, 0.27),
+)  # fmt: skip
+SHIRTS = (
+    (0.76, 0.17, 0.19), (0.20, 0.52, 0.30), (0.17, 0.35, 0.72), (0.95, 0.78, 0.24), (0.47, 0.26, 0.62),
+    (0.96, 0.96, 0.95), (0.11, 0.11, 0.14), (0.93, 0.49, 0.13),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Look:
+    """The numbers of a batch of pictures, one tensor (B,) or colour (3, 1, 1, B) each."""
+
+    subject: dict[str, Tensor]
+    value: dict[str, Tensor]
+    skin: Tensor
+    hair: Tensor
+    wall: Tensor
+    shirt: Tensor
+    iris: Tensor
+    width: Tensor
+    top: Tensor
+    chin: Tensor
+    fall: Tensor  # how far down the hair reaches
+
+    def pick(self, attribute: str, *options: float) -> Tensor:
+        """A number that depends on the value of an attribute, (B,)."""
+        return self.skin.new_tensor(options)[self.value[attribute]]
+
+    def colour(self, attribute: str, *options: tuple[float, float, float]) -> Tensor:
+        """A colour that depends on the value of an attribute, (3, 1, 1, B)."""
+        return self.skin.new_tensor(options)[self.value[attribute]].T[:, None, None]
+
+
+def _ramp(stops: tuple[tuple[float, float, float], ...], number: Tensor) -> Tensor:
+    """Colour at a number in [-1, 1] along evenly spaced stops, (3, 1, 1, B)."""
+    table = number.new_tensor(stops)
+    place = (number + 1) / 2 * (len(stops) - 1)
+    low = place.long().clamp_max(len(stops) - 2)
+    return torch.lerp(table[low], table[low + 1], (place - low)[:, None]).T[:, None, None]
+
+
+def _look(subjects: Tensor, values: Tensor) -> Look:
+    """Turn a chunk of states into the numbers the painters need."""
+    subject = dict(zip(SUBJECT, subjects.clamp(-1, 1).T, strict=True))
+    value = {attribute.name: column for attribute, column in zip(ATTRIBUTES, values.T, strict=True)}
+    natural = _ramp(NATURAL_HAIR, subject["hair"])
+    dyed = subjects.new_tensor((DYED_HAIR[0], *DYED_HAIR))[value["hair"]].T[:, None, None]
+    return Look(
+        subject=subject,
+        value=value,
+        skin=_ramp(SKIN, subject["skin"]),
+        hair=torch.where(value["hair"] == 0, natural, dyed),
+        wall=subjects.new_tensor(WALLS)[value["background"]].T[:, None, None],
+        shirt=subjects.new_tensor(SHIRTS)[value["shirt"]].T[:, None, None],
+        iris=_ramp(IRIS, subject["eyes"]),
+        width=0.40 + 0.065 * subject["face_width"],
+        top=0.44 + 0.03 * subject["face_height"],
+        chin=0.47 + 0.065 * subject["face_height"],
+        fall=0.46 + 0.36 * subject["hair_length"],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# shapes: signed distances, negative inside; sizes are numbers or tensors (B,)
+
+
+def _ellipse(x: Tensor, y: Tensor, radius_x: Tensor | float, radius_y: Tensor | float) -> Tensor:
+    """Distance to an ellipse around 0, to first order: the implicit function over its gradient's length.
+
+    Beside the tips of a long ellipse that is far too small, a halo; the distance to its bounding box mends it.
+    """
+    x2, y2 = (x / radius_x) ** 2, (y / radius_y) ** 2
+    slope = (x2 * (4 / radius_x**2) + 1e-6) + y2 * (4 / radius_y**2)
+    distance = (x2 + (y2 - 1)).mul_(slope.rsqrt_())
+    return torch.maximum(distance, torch.maximum(x.abs() - radius_x, y.abs() - radius_y))
+
+
+def _box(x: Tensor, y: Tensor, half_x: Tensor | float, half_y: Tensor | float, corner: Tensor | float) -> Tensor:
+    """Distance to a box around 0 with rounded corners."""
+    side_x, side_y = x.abs() - half_x + corner, y.abs() - half_y + corner
+    outside = (side_x.clamp_min(0) ** 2 + side_y.clamp_min(0) ** 2).sqrt_()
+    return outside.add_(torch.maximum(side_x, side_y).clamp_max_(0)).sub_(corner)
+
+
+def _glow(x: Tensor, y: Tensor, radius_x: Tensor | float, radius_y: Tensor | float) -> Tensor:
+    """A smooth bump, 1 at 0 and 0 outside an ellipse: an opacity for shadows and highlights."""
+    return (1 - (x / radius_x) ** 2 - (y / radius_y) ** 2).clamp_(0, 1).square_()
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A window of the frame and the portrait coordinates of its pixels.
+
+    Args:
+        pixels: (3, H, W, B), painted in place.
+        x, y: portrait coordinates (1, W, B) and (H, 1, B); y grows downwards, the head is around 0.
+        sharp: pixels per portrait unit (B,), how steep an edge is.
+    """
+
+    pixels: Tensor
+    x: Tensor
+    y: Tensor
+    sharp: Tensor
+
+    def window(self, left: float, right: float, top: float, bottom: float) -> "Canvas":
+        """The part of a whole frame that can show a rectangle of the portrait, under any framing and shift."""
+        size = self.pixels.shape[1]
+
+        def span(low: float, high: float, margin: float) -> slice:
+            low = low * ZOOM * ZOOM_RANGE ** (1 if low < 0 else -1) - SHIFT - margin
+            high = high * ZOOM * ZOOM_RANGE ** (1 if high > 0 else -1) + SHIFT + margin
+            return slice(max(0, int((low + 1) / 2 * size) - 1), min(size, int((high + 1) / 2 * size) + 2))
+
+        rows, columns = span(top, bottom, CENTRE + CENTRE_MOVE), span(left, right, 0.0)
+        return Canvas(self.pixels[:, rows, columns], self.x[:, columns], self.y[rows], self.sharp)
+
+    def paint(self, distance: Tensor, colour: Tensor, opacity: Tensor | float = 1.0) -> None:
+        """Fill the inside of a shape, with a soft edge EDGE pixels wide."""
+        self.blend((0.5 - distance * self.sharp).clamp_(0, 1), colour, opacity)
+
+    def blend(self, mask: Tensor, colour: Tensor, opacity: Tensor | float = 1.0) -> None:
+        """Mix a colour in, (h, w, B) of it."""
+        if not isinstance(opacity, float) or opacity != 1.0:
+            mask = mask * opacity
+        self.pixels.lerp_(colour, mask)
+
+
+WHITE = (1.0, 1.0, 1.0)
+
+
+def _plain(like: Tensor, *rgb: float) -> Tensor:
+    """One colour for all pictures, (3, 1, 1, 1)."""
+    return like.new_tensor(rgb)[:, None, None, None]
+
+
+def _paint_wall(canvas: Canvas, look: Look) -> None:
+    """Wall with a soft vignette, brighter on the side the light comes from."""
+    light = 1.04 + 0.07 * look.subject["lighting"] * canvas.x - 0.07 * canvas.x**2
+    torch.mul(look.wall, light - 0.05 * canvas.y - 0.06 * canvas.y**2, out=canvas.pixels)
+
+
+def _paint_body(canvas: Canvas, look: Look) -> None:
+    """Hair behind the neck, shirt with collar, neck."""
+    chin = look.chin
+    back = canvas.window(-0.75, 0.75, -0.75, 1.0)
+    half_x, half_y = look.width + 0.07 + 0.04 * look.subject["hair_length"], (look.fall + 0.47) / 2
+    back.paint(_box(back.x, back.y - look.fall + half_y, half_x, half_y, half_x * 0.9), look.hair * 0.55)
+
+    low = canvas.window(-1.4, 1.4, 0.4, 1.4)
+    base = chin + 0.12  # where the neck meets the shirt
+    shade = 1.03 + 0.15 * look.subject["lighting"] * low.x - 0.25 * low.x**2
+    low.paint(_box(low.x, low.y - base - 0.62, 0.86, 0.63, 0.40), look.shirt * shade)
+    low.paint(_ellipse(low.x, low.y - base, 0.28, 0.165), look.shirt * 0.68)
+    neckline = _ellipse(low.x, low.y - base + 0.012, 0.215, 0.112)
+    neck = torch.minimum(neckline, _box(low.x, low.y - base + 0.2, 0.165, 0.22, 0.05))
+    shadow = 1 - 0.38 * _glow(low.x, low.y - chin + 0.02, 0.34, 0.16)  # the chin's
+    low.paint(neck, look.skin * 0.84 * shadow)
+
+
+def _paint_head(canvas: Canvas, look: Look) -> None:
+    """Ears and face, rounded by light."""
+    light = look.subject["lighting"]
+    head = canvas.window(-0.62, 0.62, -0.56, 0.68)
+    head.paint(_ellipse(head.x.abs() - look.width + 0.005, head.y - 0.03, 0.065, 0.105), look.skin * 0.84)
+    height = torch.where(head.y < 0, look.top, look.chin)
+    across = head.x / look.width
+    shade = 1.06 + 0.14 * light * across - 0.14 * across**2 - 0.10 * (head.y / height) ** 2
+    head.paint(_ellipse(head.x, head.y, look.width, height), look.skin * shade)
+
+
+def _paint_cheeks_and_nose(canvas: Canvas, look: Look) -> None:
+    """Blush and a soft nose."""
+    face = canvas.window(-0.6, 0.6, -0.25, 0.55)
+    blush = _glow(face.x.abs() - look.width * 0.60, face.y - 0.17, 0.17, 0.13)
+    face.blend(blush, look.skin * _plain(face.x, 1.0, 0.70, 0.68), look.pick("expression", 0.45, 0.85, 0.45))
+    size = 1.05 + 0.6 * look.subject["nose"]
+    shadow_x = face.x + 0.02 * look.subject["lighting"]
+    face.blend(_glow(shadow_x, face.y - 0.06, 0.075 * size, 0.20), look.skin * 0.80, 0.7)
+    face.paint(_ellipse(face.x, face.y - 0.135, 0.066 * size, 0.050 * size), look.skin * 0.66, 0.8)
+    face.blend(_glow(face.x, face.y - 0.105, 0.045 * size, 0.055 * size), (look.skin * 1.12).clamp_max(1))
+
+
+def _paint_eyes(canvas: Canvas, look: Look) -> None:
+    """Eyes and brows, both sides at once by folding x at the middle of the face."""
+    eyes = canvas.window(-0.6, 0.6, -0.4, 0.2)
+    wide = look.pick("expression", 1.0, 0.92, 1.16)
+    radius = (0.092 + 0.020 * look.subject["eye_size"]) * wide
+    x = eyes.x.abs() - _eye_x(look)
+    y = eyes.y - EYE_Y
+    eyes.paint(_ellipse(x, y + 0.014, radius * 1.32, radius * 1.12), look.skin * 0.40)
+    eyes.paint(_ellipse(x, y - 0.004, radius * 1.20, radius * 0.98), _plain(x, 0.93, 0.93, 0.92))
+    gaze = x * eyes.x.sign() - 0.03 * look.subject["yaw"]
+    eyes.paint(_ellipse(gaze, y, radius * 0.70, radius * 0.82), look.iris)
+    eyes.paint(_ellipse(gaze, y, radius * 0.36, radius * 0.44), _plain(x, 0.04, 0.03, 0.04))
+    eyes.paint(_ellipse(gaze + radius * 0.28, y + radius * 0.34, radius * 0.24, radius * 0.24), _plain(x, 1, 1, 1), 0.9)
+    brows = look.subject["brows"]
+    raised = look.pick("expression", 0.0, 0.01, 0.07)
+    arch = y + 0.165 + raised + 0.03 * look.subject["eye_size"] + 1.1 * x**2 - 0.16 * brows * x
+    eyes.paint(_ellipse(x, arch, 0.135, 0.030 + 0.015 * brows), look.hair * 0.55)
+
+
+def _eye_x(look: Look) -> Tensor:
+    """Distance of an eye from the middle of the face, (B,)."""
+    return look.width * (0.475 + 0.075 * look.subject["eye_spacing"])
+
+
+def _paint_mouth(canvas: Canvas, look: Look) -> None:
+    """Lips, the inside of the mouth and teeth; one shape, an ellipse with its top cut off, serves every expression."""
+    mouth = canvas.window(-0.5, 0.5, 0.1, 0.6)
+    wide = 0.175 + 0.045 * look.subject["mouth"]
+    radius_x = wide * look.pick("expression", 1.0, 1.15, 0.45) + look.pick("expression", 0.0, 0.03, 0.055)
+    radius_y = look.pick("expression", 0.042, 0.17, 0.15)
+    y = mouth.y - look.chin * 0.56 - look.pick("expression", 0.0, -0.075, 0.02)
+    y = y + look.pick("expression", 0.6, 0.3, 0.0) * mouth.x**2  # the corners go up
+    cut = look.pick("expression", -9.0, 0.0, -9.0) - y
+    lips = torch.lerp(look.skin * 0.75, _plain(y, 0.74, 0.22, 0.26), 0.65)
+    mouth.paint(torch.maximum(_ellipse(mouth.x, y, radius_x, radius_y), cut - 0.03), lips)
+    inner_y = (radius_y - 0.032).clamp_min(0.012)
+    inside = torch.maximum(_ellipse(mouth.x, y, radius_x - 0.03, inner_y), cut)
+    mouth.paint(inside, _plain(y, 0.42, 0.07, 0.11))
+    teeth = look.pick("expression", -9.0, 0.065, -0.05)
+    mouth.paint(torch.maximum(inside, y - teeth), _plain(y, 0.98, 0.97, 0.95))
+
+
+def _paint_fringe(canvas: Canvas, look: Look) -> None:
+    """Hair in front: locks at the sides, a cap around the head with an opening for the face, a band of shine."""
+    fringe, light = look.subject["fringe"], look.subject["lighting"]
+    locks = canvas.window(-0.75, 0.75, -0.5, 1.0)
+    half_x, half_y = 0.075 + 0.03 * look.subject["hair_length"], (look.fall + 0.22) / 2
+    strand = _ellipse(locks.x.abs() - look.width, locks.y - look.fall + half_y, half_x, half_y)
+    locks.paint(strand, look.hair * 0.84)
+    hair = canvas.window(-0.7, 0.7, -0.75, 0.4)
+    x = hair.x - 0.04 * look.subject["yaw"]
+    outline = _ellipse(hair.x, hair.y + 0.03, look.width + 0.07, look.top + 0.085)
+    hairline = look.top * (0.66 - 0.17 * fringe)
+    sweep = 0.22 * fringe * x  # the parting: the hairline is higher on one side
+    opening = _ellipse(x, hair.y - 0.40 - sweep, look.width * 1.01, 0.40 + hairline)
+    cap = torch.maximum(torch.maximum(outline, -opening), hair.y - 0.02)
+    hair.paint(cap, look.hair * (0.94 - 0.25 * (hair.y + 0.3) + 0.15 * light * hair.x))
+    shine = _glow(x + 0.12 - 0.2 * light, hair.y + look.top * 0.92, 0.28, 0.11)
+    hair.blend(shine * (0.5 - cap * hair.sharp).clamp_(0, 1), (look.hair * 1.2 + 0.12).clamp_max(1), 0.6)
+
+
+def _paint_glasses(canvas: Canvas, look: Look) -> None:
+    """Round glasses are dark rings around clear lenses, square ones thick teal boxes: rounded boxes both."""
+    glasses = canvas.window(-0.65, 0.65, -0.35, 0.3)
+    worn = look.pick("glasses", 0.0, 1.0, 1.0)
+    eye_x = _eye_x(look)
+    side, y = glasses.x.abs(), glasses.y - EYE_Y
+    stroke = look.pick("glasses", 0.02, 0.022, 0.034)
+    half_x = torch.minimum(look.pick("glasses", 0.15, 0.155, 0.170), eye_x - 0.01)  # the frames may not cross
+    half_y = look.pick("glasses", 0.15, 0.155, 0.112)
+    lens = _box(side - eye_x, y, half_x, half_y, torch.minimum(half_x, look.pick("glasses", 0.15, 0.155, 0.03)))
+    glasses.paint(lens, look.colour("glasses", WHITE, (0.85, 0.93, 1.0), WHITE), look.pick("glasses", 0.0, 0.34, 0.22))
+    arms = torch.maximum(torch.maximum(side - look.width, (y + 0.02).abs() - 0.022), -lens)
+    frame = torch.minimum(lens.abs() - stroke, arms)
+    glasses.paint(frame, look.colour("glasses", WHITE, (0.10, 0.08, 0.09), (0.02, 0.52, 0.55)), worn)
+
+
+def _paint_hat(canvas: Canvas, look: Look) -> None:
+    """A dome (cap, beanie) or a spiked band (crown), a trim (brim, fold, base) and one round ornament."""
+    hat = canvas.window(-0.9, 0.9, -1.1, -0.1)
+    worn = look.pick("hat", 0.0, 1.0, 1.0, 1.0)
+    yaw, wide = look.subject["yaw"], look.width + 0.09
+    x, y = hat.x - 0.03 * yaw, hat.y + look.top * 0.66  # y = 0 is the lower edge
+
+    dome = torch.maximum(_ellipse(x, y, wide, look.pick("hat", 0.3, 0.36, 0.42, 0.3)), y)
+    spikes = 0.25 + 0.09 * torch.cos(x / wide * (4 * math.pi))
+    band = torch.maximum(x.abs() - wide * (0.93 - 0.25 * y), torch.maximum(y - 0.02, -(y + spikes) * 0.6))
+    colour = look.colour("hat", WHITE, (0.16, 0.24, 0.48), (0.62, 0.14, 0.28), (0.93, 0.72, 0.16))
+    shade = 1.08 + 0.3 * look.subject["lighting"] * x - 0.6 * x**2
+    hat.paint(torch.where(look.value["hat"] == 3, band, dome), colour * shade, worn)
+
+    along = x - look.pick("hat", 0.0, 0.16, 0.0, 0.0) * yaw
+    across = y + look.pick("hat", 0.0, 0.02, 0.05, 0.0) - 0.15 * x**2
+    half_x = wide + look.pick("hat", 0.0, 0.07, 0.025, -0.015)
+    half_y = look.pick("hat", 0.05, 0.05, 0.085, 0.05)
+    trim = _box(along, across, half_x, half_y, look.pick("hat", 0.05, 0.05, 0.08, 0.02))
+    hat.paint(trim, look.colour("hat", WHITE, (0.09, 0.14, 0.31), (0.93, 0.86, 0.74), (0.76, 0.52, 0.08)), worn)
+
+    radius = look.pick("hat", 0.08, 0.085, 0.115, 0.06)
+    ornament = _ellipse(x - 0.03 * yaw, y + look.pick("hat", 0.0, 0.20, 0.45, 0.01), radius, radius)
+    hat.paint(ornament, look.colour("hat", WHITE, (0.95, 0.95, 0.95), (0.93, 0.86, 0.74), (0.80, 0.10, 0.22)), worn)
+
+
+def draw_portraits(subjects: Tensor, values: Tensor, size: int) -> Tensor:
+    """Draw one chunk of pictures.
+
+    Args:
+        subjects: float32 tensor (B, S), the numbers named in SUBJECT.
+        values: int64 tensor (B, A), valid value indices.
+        size: height and width.
+
+    Returns:
+        Float32 tensor (3, size, size, B) in [0, 1], batch last.
+    """
+    look = _look(subjects, values)
+    subject = look.subject
+    zoom = ZOOM * ZOOM_RANGE ** subject["framing"]
+    centre = CENTRE - CENTRE_MOVE * subject["framing"]
+    line = (torch.arange(size, device=subjects.device, dtype=torch.float32) + 0.5) / size * 2 - 1
+    x = (line[None, :, None] - SHIFT * subject["shift_x"]) / zoom
+    y = (line[:, None, None] - SHIFT * subject["shift_y"] - centre) / zoom
+    canvas = Canvas(subjects.new_empty(3, size, size, len(subjects)), x, y, zoom * (size / 2 / EDGE))
+    _paint_wall(canvas, look)
+    _paint_body(canvas, look)
+    _paint_head(canvas, look)
+    t = (x / look.width).clamp(-1, 1)
+    turned = Canvas(canvas.pixels, x - 0.10 * subject["yaw"] * (1 - t**2), y, canvas.sharp)
+    for painter in (_paint_cheeks_and_nose, _paint_eyes, _paint_mouth):
+        painter(turned, look)
+    _paint_fringe(canvas, look)
+    _paint_glasses(turned, look)
+    _paint_hat(canvas, look)
+    return canvas.pixels.clamp_(0, 1)

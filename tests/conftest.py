@@ -1,0 +1,72 @@
+"""What several test files share: valid settings of the smallest size, and a project of two tiny notebooks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+import yaml
+
+SMOKE = Path(__file__).parent.parent / "params" / "smoke.yaml"
+
+FIRST = """\
+from pathlib import Path
+
+from nmlib.records import write_record
+from nmlib.runtime import Run, progress
+
+opened = Run.open(params, folder=run)
+for _ in progress(range(3), desc="counting"):
+    pass
+opened.path("numbers", "one.txt").write_text("1")
+write_record(opened, "tiny.one", 1.0, n=1, modules=["runtime"])
+print("made one")
+"""
+SECOND = """\
+from pathlib import Path
+
+one = Path(run, "numbers", "one.txt").read_text()
+Path(run, "two.txt").write_text(str(int(one) + 1))
+"""
+
+
+def write_notebook(path: Path, title: str, code: str) -> None:
+    """Write a notebook with a title, a cell of parameters and one cell of code."""
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {title}"),
+        nbformat.v4.new_code_cell(
+            'params = "../params/tiny.yaml"\nrun = "../runs/tiny"', metadata={"tags": ["parameters", "remove-cell"]}
+        ),
+        nbformat.v4.new_code_cell(code),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks as small as those of the tests are many times faster on one thread than on two of a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny() -> dict[str, Any]:
+    """A mapping of valid settings named `tiny`, to be changed freely."""
+    settings: dict[str, Any] = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
+    return settings | {"name": "tiny", "meaningful": True, "threads": 1}
+
+
+@pytest.fixture
+def project_root(tmp_path: Path, tiny: dict[str, Any]) -> Path:
+    """The root of a project with `params/tiny.yaml` and two notebooks, the second of which reads the first's file."""
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    write_notebook(tmp_path / "notebooks" / "01_one.ipynb", "One", FIRST)
+    write_notebook(tmp_path / "notebooks" / "02_two.ipynb", "Two", SECOND)
+    return tmp_path

@@ -1,0 +1,127 @@
+"""From executed notebooks to pages: what is hidden, what is kept, and that pages ask no other host."""
+
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import write_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from nmlib import book
+from nmlib.pipeline import Project
+from nmlib.runtime import RunError
+
+ROOT = Path(__file__).parent.parent
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def stderr(text: str) -> nbformat.NotebookNode:
+    return new_output("stream", name="stderr", text=text)
+
+
+def executed(*outputs: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    cells = [
+        new_markdown_cell("# Title\n\nWords."),
+        new_code_cell("run = 1", metadata={"tags": ["parameters"]}),
+        new_code_cell("run = 2", metadata={"tags": ["injected-parameters"]}),
+        new_code_cell("work()", outputs=list(outputs)),
+    ]
+    return new_notebook(cells=cells, metadata={"widgets": {"a": 1}, "papermill": {}})
+
+
+def test_parameters_are_hidden() -> None:
+    notebook = executed()
+    assert book.polish(notebook) == []
+    assert [cell.metadata.get("tags", []) for cell in notebook.cells] == [
+        [],
+        ["parameters", "remove-cell"],
+        ["injected-parameters", "remove-cell"],
+        [],
+    ]
+    assert notebook.metadata == {}
+
+
+def test_progress_goes_and_warnings_stay() -> None:
+    bars = [
+        stderr("\rtrain:   0%|          | 0/30 [00:00<?, ?it/s]"),
+        stderr("\rtrain: 100%|##########| 30/30 [00:04<00:00,  6.66it/s]\nUserWarning: odd\n"),
+        stderr("read: 12it [00:01, 8.00it/s]\n"),
+    ]
+    notebook = executed(*bars, new_output("stream", name="stdout", text="done\n"))
+    assert book.polish(notebook) == ["UserWarning: odd"]
+    assert [(output.name, output.text) for output in notebook.cells[-1].outputs] == [
+        ("stdout", "done\n"),
+        ("stderr", "UserWarning: odd\n"),
+    ]
+
+
+def test_live_widgets_give_way_to_their_static_version() -> None:
+    both = new_output("display_data", data={VIEW: {}, "text/html": "<div>demo</div>"})
+    notebook = executed(both)
+    book.polish(notebook)
+    assert list(notebook.cells[-1].outputs[0].data) == ["text/html"]
+    assert "widgets" not in notebook.metadata
+    alone = executed(new_output("display_data", data={VIEW: {}}))
+    book.polish(alone)
+    assert "widgets" in alone.metadata
+
+
+def test_page_of_a_size_that_means_nothing_says_so() -> None:
+    notebook = executed()
+    book.polish(notebook, "smoke")
+    assert notebook.cells[0].source.startswith("# Title\n\n:::{warning}\nThis page was built with `params/smoke.yaml`")
+    assert notebook.cells[0].source.endswith("Words.")
+
+
+def test_table_of_contents_is_checked(project_root: Path) -> None:
+    (project_root / "book").mkdir()
+    toc = project_root / "book" / "_toc.yml"
+    parts = {"root": "index", "parts": [{"chapters": [{"file": "chapters/01_one"}, {"file": "log"}]}]}
+    toc.write_text(yaml.safe_dump(parts))
+    assert book.chapters(project_root) == ["01_one"]
+    toc.write_text(toc.read_text().replace("01_one", "09_nine"))
+    with pytest.raises(RunError, match=r"_toc\.yml: lists 09_nine, but notebooks/ has no such notebook"):
+        book.chapters(project_root)
+
+
+@pytest.fixture
+def book_root(project_root: Path) -> Path:
+    """A project with the real pages around two executed chapters."""
+    pages = project_root / "book"
+    shutil.copytree(ROOT / "book", pages, ignore=shutil.ignore_patterns("chapters", "generated", "results"))
+    shutil.copy(ROOT / "_config.yml", project_root)
+    toc = yaml.safe_load((pages / "_toc.yml").read_text())
+    toc["parts"][0]["chapters"] = [{"file": "chapters/01_one"}, {"file": "chapters/02_two"}]
+    (pages / "_toc.yml").write_text(yaml.safe_dump(toc))
+    index = (pages / "index.md").read_text()
+    (pages / "index.md").write_text(re.sub(r"(?m)^\| \{doc\}`chapters.*\n", "", index))
+    for name in ("01_one", "02_two"):
+        write_notebook(project_root / "runs" / "tiny" / "chapters" / f"{name}.ipynb", f"Title of {name}", "1 + 1")
+    return project_root
+
+
+def test_book_builds_and_asks_no_other_host(book_root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    page = book.build_book(book_root, Project(book_root).open("tiny"), strict=True)
+    assert page.exists()
+    html = page.parent
+    assert (html / "_static" / "mathjax" / "tex-mml-chtml.js").exists()
+    assert list((html / "_static" / "mathjax" / "output" / "chtml" / "fonts" / "woff-v2").glob("*.woff"))
+    for file in html.rglob("*.html"):
+        text = file.read_text(encoding="utf-8")
+        foreign = re.findall(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["'](?:https?:)?//[^"']*""", text)
+        assert foreign == [], file
+    chapter = (html / "chapters" / "01_one.html").read_text(encoding="utf-8")
+    assert "Title of 01_one" in chapter
+    assert "../runs/tiny" not in chapter
+    assert 'rel="icon"' in chapter
+
+
+def test_strict_book_refuses_a_warning(book_root: Path) -> None:
+    path = book_root / "runs" / "tiny" / "chapters" / "01_one.ipynb"
+    notebook = executed(stderr("UserWarning: odd\n"))
+    nbformat.write(notebook, path)
+    with pytest.raises(RunError, match="1 warnings of notebooks; first: 01_one: UserWarning: odd"):
+        book.build_book(book_root, Project(book_root).open("tiny"), strict=True)

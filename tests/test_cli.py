@@ -1,0 +1,124 @@
+"""The command line: help that explains, exit codes, one line for each error."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import write_notebook
+
+from nmlib import __main__ as cli
+from nmlib.records import END, START, write_record
+from nmlib.runtime import Run
+
+
+@pytest.fixture
+def call(project_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Call the command line inside the tiny project; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(project_root)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+def test_help_names_every_verb(call: Any) -> None:
+    code, out, _ = call("--help")
+    assert code == 0
+    for verb in ("run", "book", "params", "results", "chat"):
+        assert f"  {verb} " in out
+
+
+@pytest.mark.parametrize("verb", ["run", "book", "params", "results", "chat"])
+def test_help_of_every_verb(call: Any, verb: str) -> None:
+    code, out, _ = call(verb, "--help")
+    assert code == 0
+    assert "--help" in out
+
+
+@pytest.mark.parametrize("words", [["fly"], ["run", "--fast"], ["run", "--cell-minutes", "0"]])
+def test_wrong_usage_is_2(call: Any, words: list[str]) -> None:
+    assert call(*words)[0] == 2
+
+
+def test_unknown_params_is_2_and_lists_the_known(call: Any) -> None:
+    code, out, err = call("run", "--params", "tini")
+    assert code == 2
+    assert out == ""
+    assert err.strip().endswith("tini.yaml: cannot be read (No such file or directory); known params there: ['tiny']")
+
+
+def test_params_that_do_not_fit_is_2(call: Any, project_root: Path, tiny: dict[str, Any]) -> None:
+    (project_root / "params" / "bad.yaml").write_text(yaml.safe_dump(tiny | {"sead": 1}))
+    code, _, err = call("run", "--params", "bad")
+    assert code == 2
+    assert "unknown key 'sead'" in err
+    assert err.count("\n") == 1
+
+
+def test_failing_notebook_is_1_and_one_line(call: Any, project_root: Path) -> None:
+    write_notebook(project_root / "notebooks" / "01_one.ipynb", "One", "1 / 0")
+    code, out, err = call("run", "--params", "tiny")
+    assert code == 1
+    assert out == ""
+    assert err.splitlines()[-1].startswith("notebooks/01_one.ipynb, cell 3: ZeroDivisionError: division by zero")
+    assert "Traceback" not in err
+
+
+def test_outside_a_project_is_1(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run"])
+    assert caught.value.code == 1
+    assert "go to the folder of the project" in capsys.readouterr().err
+
+
+def test_params_lists_and_shows(call: Any, project_root: Path) -> None:
+    path = project_root / "params" / "tiny.yaml"
+    path.write_text("# The smallest size.\n" + path.read_text())
+    assert call("params") == (0, "tiny       The smallest size.\n", "")
+    code, out, _ = call("params", "tiny")
+    assert code == 0
+    shown = yaml.safe_load(out)
+    assert shown["name"] == "tiny"
+    assert shown["precision"] == "auto"  # a default that the file does not set
+    assert "# hash " in out
+
+
+def test_results(call: Any, project_root: Path) -> None:
+    code, _, err = call("results", "--params", "tiny")
+    assert code == 1
+    assert "no records" in err
+    run = Run.open(project_root / "params" / "tiny.yaml", root=project_root / "runs")
+    write_record(run, "tiny.one", 1.0, n=1, modules=["runtime"])
+    (project_root / "README.md").write_text(f"{START}\n{END}\n")
+    code, out, err = call("results", "--params", "tiny", "--publish", "--write-readme")
+    assert code == 0, err
+    assert "| `tiny.one` | 1.000 |" in out
+    assert "| `tiny.one` | 1.000 |" in (project_root / "README.md").read_text()
+    path = project_root / "params" / "tiny.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
+    code, _, err = call("results", "--params", "tiny")
+    assert code == 1
+    assert "1 of 1 records are not current; tiny.one: the settings changed since" in err
+
+
+def test_book_of_nothing_is_1(call: Any, project_root: Path) -> None:
+    (project_root / "book").mkdir()
+    (project_root / "book" / "_toc.yml").write_text("root: index\nchapters: [{file: chapters/01_one}]\n")
+    code, _, err = call("book", "--params", "tiny")
+    assert code == 1
+    line = err.splitlines()[-1]
+    assert line.endswith("chapters: not executed yet: 01_one; run `python -m nmlib run --params tiny`")
+
+
+def test_chat_names_the_stages(call: Any) -> None:
+    code, _, err = call("chat", "--params", "tiny", "--stage", "last")
+    assert code == 1
+    assert "params 'tiny' has no stage 'last'; it has ['base'" in err
