@@ -221,7 +221,9 @@ class Params(Settings):
         longest = max([*(n for d in self.data.values() for n in d.rounds), self.experiments.drift_rounds])
         longest = max(longest, max(self.experiments.depths) + 2)
         if longest > self.model.max_rounds:
-            raise ValueError(f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds")
+            raise ValueError(
+                f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds"
+            )
         seen: set[str] = set()
         for stage in self.stages:
             if stage.start is not None and stage.start not in seen:

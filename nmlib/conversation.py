@@ -156,7 +156,7 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def from_picture(picture: Image.Image, where: str, size: int | None = None) -> Tensor:
-    """PIL picture to a uint8 tensor (3, H, W), `size` pixels a side if given; refuses pictures too large to be meant."""
+    """PIL picture to a uint8 tensor (3, H, W), resized to `size` if given; refuses pictures too large to be meant."""
     if picture.width * picture.height > MAX_IMAGE_PIXELS:
         raise ConversationError(
             f"{where}: image is {picture.width} x {picture.height}; at most {MAX_IMAGE_PIXELS} pixels"
@@ -250,7 +250,9 @@ def _assemble(id_: str, rows: list[tuple[int, dict[str, Any]]], where: str) -> C
             images.append(_decode(row["image"], label))
             _check_size(images, label, id_)
         elif any(other["image"] is not None for _, other in rows):
-            raise ConversationError(f"{label}: field 'image' is empty; expected one in every round of {id_!r} or in none")
+            raise ConversationError(
+                f"{label}: field 'image' is empty; expected one in every round of {id_!r} or in none"
+            )
     subject = None if rows[0][1]["subject"] is None else tuple(rows[0][1]["subject"])
     stacked = torch.stack(images) if images else None  # (R, 3, H, W)
     return Conversation(id_, rows[0][1]["source"], tuple(rounds), subject, stacked)
@@ -319,9 +321,7 @@ def from_json(raw: dict[str, Any], where: str = "conversation") -> Conversation:
         ConversationError: a missing or unknown field, or a round that contradicts the others.
     """
     try:
-        rounds = tuple(
-            _round_from_json(item, f"{where}, round {index}") for index, item in enumerate(raw["rounds"])
-        )
+        rounds = tuple(_round_from_json(item, f"{where}, round {index}") for index, item in enumerate(raw["rounds"]))
         subject = None if raw["subject"] is None else tuple(raw["subject"])
         conversation = Conversation(raw["id"], raw["source"], rounds, subject)
     except (KeyError, TypeError) as error:

@@ -148,7 +148,7 @@ def new_model(
     return model, template
 
 
-def _predicted_share(stage: StageConfig, step: int) -> float:
+def predicted_share(stage: StageConfig, step: int) -> float:
     """Share of history images replaced by predictions: zero, then a ramp, then constant."""
     ramp = (step / stage.optim.steps - 0.3) / 0.4
     return stage.predicted_history * min(1.0, max(0.0, ramp))
@@ -182,7 +182,7 @@ def train_stage(run: Run, name: str, source: Source, features: data.Conversation
     def batch_at(step: int) -> dict[str, Any]:
         conversations, true = features.batch(step, stage.optim.batch_size, params.seed + seed + 3)
         generator = data.step_generator(params.seed + seed + 4, step)
-        chance = _predicted_share(stage, step)
+        chance = predicted_share(stage, step)
         replaced = torch.rand(true.shape[:2], generator=generator) < chance if chance else None
         batch = template.packed(conversations) if stage.supervision == "packed" else template.prefix(conversations)
         return {"layout": batch, "features": true, "replaced": replaced, "history_noise": stage.history_noise}

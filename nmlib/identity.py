@@ -117,8 +117,12 @@ class FaceEmbedder:
 
         if not path.is_file():
             raise IdentityError(f"{path}: no such ONNX file; run the notebook that trains the embedder")
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._model = get_model(str(path), providers=["CPUExecutionProvider"])
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._model = get_model(str(path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen kinds, which share no base
+            reason = " ".join(str(error).split())
+            raise IdentityError(f"{path}: damaged, or no ONNX file ({reason}); delete it and run again") from None
         if self._model is None or not hasattr(self._model, "get_feat"):
             raise IdentityError(f"{path}: insightface does not take this for an ArcFace network of {INPUT_SIZE} px")
 

@@ -26,8 +26,8 @@ from nmlib.layout import IGNORE, Layout
 from nmlib.resampler import Resampler
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WORD_STD = 0.5
-WEIGHT_STD = 0.05
+WORD_STD = 0.02
+WEIGHT_STD = 0.02
 LORA_FULLY_TRAINED = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
@@ -89,7 +89,8 @@ class HistoryMLLM(nn.Module):
         )
         # Image embeddings have unit variance. Words and weights at LLaMA's usual 0.02 would drown beside them, and
         # the numbers of pictures and slots could not be found.
-        nn.init.normal_(self.llm.get_input_embeddings().weight, std=WORD_STD)
+        for words in self.llm.get_input_embeddings().parameters():
+            nn.init.normal_(words, std=WORD_STD)
         heads = settings.resampler_heads
         self.input_resampler = Resampler(tokens_per_image, settings.hidden_size, heads, feature_dim)
         self.output_resampler = Resampler(tokens_per_image, feature_dim, heads, settings.hidden_size)

@@ -62,6 +62,15 @@ def tiny() -> dict[str, Any]:
     return settings | {"name": "tiny", "meaningful": True, "threads": 1}
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of tiny squares in which everything was trained for a few steps (a `toy.Trained`); leave it as it is."""
+    import toy
+
+    torch.set_num_threads(1)
+    return toy.train_everything(tmp_path_factory.mktemp("toy"))
+
+
 @pytest.fixture
 def project_root(tmp_path: Path, tiny: dict[str, Any]) -> Path:
     """The root of a project with `params/tiny.yaml` and two notebooks, the second of which reads the first's file."""

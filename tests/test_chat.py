@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy import FEATURES, MAX_ROUNDS, SOURCE, TOKENS, conversations, draw, raised, random_features, random_tree, system
 from torch import Tensor
+from toy import FEATURES, MAX_ROUNDS, SOURCE, TOKENS, conversations, draw, raised, random_features, random_tree, system
 
 from nmlib import chat
 from nmlib.cache import CacheError, PrefixCache, TokenCache
@@ -232,6 +232,9 @@ def test_a_branch_sees_its_own_path_only() -> None:
     straight = session("make the square red", "make the edge white")
     torch.testing.assert_close(talk.tokens.tokens(4), straight.tokens.tokens(2), **CLOSE)
     assert node.response == straight.current.response
+    for each in (talk, straight):
+        each.say("turn the shape blue")
+    torch.testing.assert_close(talk.tokens.tokens(5), straight.tokens.tokens(3), **CLOSE)
     # and what was said before on the other branch goes on as if nothing had happened
     talk.go_to(3)
     other = session("make the square red", "paint the ground dark", "undo that", "start over")

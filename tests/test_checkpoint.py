@@ -30,7 +30,9 @@ def path(tmp_path: Path) -> Path:
 def test_round_trip_keeps_values_types_and_metadata(path: Path) -> None:
     tensors, metadata = checkpoint.load(path)
     assert metadata == METADATA and tensors.keys() == TENSORS.keys()
-    assert all(torch.equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype for name in tensors)
+    assert all(
+        torch.equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype for name in tensors
+    )
 
 
 def test_views_and_shared_tensors_are_stored_whole(path: Path) -> None:

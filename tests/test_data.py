@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import FEATURES, SOURCE, TOKENS, conversations, draw, random_tree
 from torch import Tensor
+from toy import FEATURES, SOURCE, TOKENS, conversations, draw, random_tree
 
 from nmlib import config, data
 from nmlib.config import SourceConfig
@@ -140,7 +140,7 @@ def test_features_are_computed_once_and_anew_when_encoder_or_pictures_change(tmp
 )
 def test_conversations_longer_than_the_model_counts_are_refused(tiny: dict[str, Any], part: str, change: Any) -> None:
     tiny[part] = tiny[part] | change
-    with pytest.raises(config.ParamsError, match="model.max_rounds is 16, but conversations have up to 17 rounds"):
+    with pytest.raises(config.ParamsError, match=r"model\.max_rounds is 16, but conversations have up to 17 rounds"):
         config.parse(tiny, "tiny.yaml")
     tiny["model"]["max_rounds"] = 17
     assert config.parse(tiny, "tiny.yaml").model.max_rounds == 17

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import FEATURES, SOURCE, TOKENS, detokenizer_settings, random_features, system
 from torch import Tensor
+from toy import FEATURES, SOURCE, TOKENS, detokenizer_settings, random_features, system
 
 from nmlib import data, metrics
 from nmlib.config import OptimConfig

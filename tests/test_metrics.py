@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import SOURCE, ToySource, conversations, make_round, raised
 from torch import Tensor
+from toy import SOURCE, ToySource, conversations, make_round, raised
 
 from nmlib import metrics
 from nmlib.conversation import Conversation, Edit
@@ -129,7 +129,9 @@ def test_bases_that_give_the_same_result_are_one() -> None:
 
 def test_measures_need_exact_states() -> None:
     told = [replace(conversations()[0], subject=None)]
-    text = raised(lambda: metrics.read_attributes(torch.zeros(1, 16, 48), told, 1, Candidates(SOURCE, encode)), ValueError)
+    text = raised(
+        lambda: metrics.read_attributes(torch.zeros(1, 16, 48), told, 1, Candidates(SOURCE, encode)), ValueError
+    )
     assert text == "conversation 'first', round 1: no exact state; exact measures need one"
 
 

@@ -103,7 +103,9 @@ def test_every_word_and_image_before_a_query_block_matters(case: Case) -> None:
         inputs_embeds=embeds, attention_mask=batch.attention_mask(), position_ids=batch.position_ids, use_cache=False
     )
     last = {row: int(batch.query_slots[row].nonzero()[-1]) for row in range(len(pair))}
-    (gradient,) = torch.autograd.grad(sum(result.last_hidden_state[row, slot].sum() for row, slot in last.items()), embeds)
+    (gradient,) = torch.autograd.grad(
+        sum(result.last_hidden_state[row, slot].sum() for row, slot in last.items()), embeds
+    )
     mask = batch.attention_mask()[:, 0]
     for row, slot in last.items():
         assert torch.equal(gradient[row].abs().sum(1) > 0, mask[row, slot])
@@ -130,7 +132,9 @@ def test_prefix_equals_packed_in_losses_and_gradients(changes: dict[str, Any]) -
     assert ours.keys() == theirs.keys() and len(ours) > 40
     for name, gradient in ours.items():
         assert gradient.abs().max() > 0 or "k_proj" in name, f"{name} gets no gradient: nothing is compared"
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            gradient, theirs[name], rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @torch.no_grad()

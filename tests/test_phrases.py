@@ -35,7 +35,9 @@ def sentences(attributes: tuple[Attribute, ...], rng: random.Random, split: str)
     commands: list[Callable[[], str] | None] = [None, lambda: phrases.edit_clause(rng, attribute, value)]
     rolled = [phrases.rollback_sentence(rng, make, rng.choice(commands), split) for make in references[:-1]]
     states = [rng.randrange(len(a.values)) for a in attributes]
-    replies = [phrases.response(style, index, rng.choice([None, depth]), str(index)) for style in ("grounded", "polite")]
+    replies = [
+        phrases.response(style, index, rng.choice([None, depth]), str(index)) for style in ("grounded", "polite")
+    ]
     plain = [phrases.upload_sentence(rng), phrases.describe_sentence(rng, attributes, states), *replies]
     return [phrases.edit_sentence(rng, attribute, value, split), *rolled, *plain]
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import raised
 from torch import Tensor
+from toy import raised
 
 from nmlib.resampler import Resampler, resize_positions, sincos_grid
 
@@ -71,7 +71,9 @@ def test_only_keys_are_resized_and_only_queries_and_keys_have_positions() -> Non
     module = resampler()
     flat = torch.randn(1, 1, 11)
     for count in (4, 25):
-        torch.testing.assert_close(module(flat.expand(1, count, -1)), module(flat.expand(1, 9, -1)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            module(flat.expand(1, count, -1)), module(flat.expand(1, 9, -1)), rtol=1e-4, atol=1e-5
+        )
     features = torch.randn(1, 9, 11)
     before = module(features)
     module.pos_embed.data.zero_()

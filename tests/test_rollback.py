@@ -93,8 +93,14 @@ def test_an_eighth_of_the_states_is_held_out_and_heldout_data_shows_them() -> No
 def test_shares_and_depths_are_settings() -> None:
     none = rollback.build_conversations(SOURCE, config(conversations=20, rollback_share=0.0), seed=1, split="train")
     assert all(conversation.is_markov for conversation in none)
-    assert {c.rounds[0].kind for c in rollback.build_conversations(SOURCE, config(describe_share=0.0), seed=1, split="train")} == {"upload"}
-    assert {c.rounds[0].kind for c in rollback.build_conversations(SOURCE, config(describe_share=1.0), seed=1, split="train")} == {"describe"}
+    assert {
+        c.rounds[0].kind
+        for c in rollback.build_conversations(SOURCE, config(describe_share=0.0), seed=1, split="train")
+    } == {"upload"}
+    assert {
+        c.rounds[0].kind
+        for c in rollback.build_conversations(SOURCE, config(describe_share=1.0), seed=1, split="train")
+    } == {"describe"}
     always = rollback.build_conversations(SOURCE, config(conversations=40, rollback_share=1.0), seed=1, split="train")
     depths = {c.depth(index) for c in always for index in range(len(c))}
     assert depths == {0, 1, 2, 3}
@@ -132,7 +138,11 @@ def test_references_are_unambiguous(seed: int, rounds: int, data: st.DataObject)
     base = data.draw(st.integers(0, len(conversation) - 2))
     options = made.references(conversation, base, rng)
     assert ("start" in options) == (base == 0)
-    assert phrases.NUMBERS[base] in (text := options["ordinal"]()) or phrases.ORDINALS[base] in text or f"#{base + 1}" in text
+    assert (
+        phrases.NUMBERS[base] in (text := options["ordinal"]())
+        or phrases.ORDINALS[base] in text
+        or f"#{base + 1}" in text
+    )
     if "content" in options:
         text, item = options["content"](), conversation.rounds[base + 1]
         edits = [other.edit for other in conversation.rounds if other.edit is not None]
@@ -221,7 +231,11 @@ class PaintBrush:
 
     def propose(self, conversation: Conversation, base: int, rng: random.Random) -> tuple[None, str] | None:
         self.left -= 1
-        return (None, f"add {rng.choice(['snow', 'rain', 'stars'])} number {rng.randrange(99)}") if self.left >= 0 else None
+        return (
+            (None, f"add {rng.choice(['snow', 'rain', 'stars'])} number {rng.randrange(99)}")
+            if self.left >= 0
+            else None
+        )
 
     def apply(
         self, conversation: Conversation, base: int, edit: Edit | None, clause: str
@@ -235,7 +249,9 @@ def photographs(instructions: tuple[str, ...]) -> Conversation:
     """A chain of which only pictures and instructions are known."""
     rounds = [make_round("upload", "here is a picture")]
     rounds += [make_round("edit", text, base) for base, text in enumerate(instructions)]
-    images = torch.randint(0, 256, (len(rounds), 3, 5, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (len(rounds), 3, 5, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     return Conversation("photo", "magicbrush", tuple(rounds), None, images)
 
 

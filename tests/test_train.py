@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from toy import conversations, make_model, raised, random_features
 from torch import Tensor, nn
+from toy import conversations, draw, make_model, raised, system
 
 from nmlib import checkpoint
 from nmlib.checkpoint import CheckpointError
@@ -183,7 +183,9 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, last: int) -> None:
 
 def test_a_finished_training_gives_its_result_again(tmp_path: Path) -> None:
     first, again = trained(tmp_path), Line()
-    history = fit(again, lambda step: pytest.fail("nothing is left to do"), OPTIM, tmp_path, seed=3, precision="float32")
+    history = fit(
+        again, lambda step: pytest.fail("nothing is left to do"), OPTIM, tmp_path, seed=3, precision="float32"
+    )
     assert equal(first, again) and history[-1]["step"] == OPTIM.steps - 1
 
 
@@ -324,10 +326,13 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights(tmp_path: Path) -> No
 
 def test_the_model_learns_one_batch_by_heart(tmp_path: Path) -> None:
     """300 steps on one batch: the words below 0.01 (from ln 128 = 4.9), the pictures below 0.03 (from 2)."""
-    model, template = make_model(0, excitement=1.0, hidden_size=48, heads=2)
-    batch, features = template.packed(conversations()), random_features(2, 4)
+    model, template = make_model(0, excitement=3.0, hidden_size=48, heads=2)
+    batch = template.packed(conversations())
+    features = torch.stack([system().encode(draw(told).images) for told in conversations()])  # type: ignore[arg-type]
     optim = OptimConfig(steps=300, batch_size=2, learning_rate=1e-2, warmup_steps=10, weight_decay=0.0)
-    history = fit(model, lambda step: {"layout": batch, "features": features}, optim, tmp_path, seed=0, precision="float32")
+    history = fit(
+        model, lambda step: {"layout": batch, "features": features}, optim, tmp_path, seed=0, precision="float32"
+    )
     assert history[0]["text"] > 4 and history[0]["image"] > 1
     with torch.no_grad():
         losses = model(batch, features)

@@ -5,19 +5,25 @@ Sizes are distinct wherever they are free, so that a swapped axis cannot pass.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import yaml
 from torch import Generator, Tensor, nn
 
-from nmlib import curriculum, layout, rollback
+from nmlib import curriculum, layout, rollback, train
 from nmlib.chat import System
 from nmlib.config import DetokenizerConfig, ModelConfig, OptimConfig, VisionConfig
 from nmlib.conversation import Conversation, Edit, Kind, Reference, Round
+from nmlib.data import ConversationFeatures, encode_conversations
 from nmlib.detokenizer import Detokenizer
 from nmlib.layout import Template
 from nmlib.mllm import HistoryMLLM
+from nmlib.runtime import Run
 from nmlib.sources import Attribute
 from nmlib.vision import VisionTransformer
 
@@ -176,6 +182,80 @@ def system() -> System:
     for module in (encoder, detokenizer, model):
         module.eval().requires_grad_(False)
     return System(encoder, detokenizer, model, template, SOURCE.image_size)
+
+
+SETTINGS: dict[str, Any] = {
+    "name": "toy",
+    "threads": 1,
+    "precision": "float32",
+    "source": {"kind": "world", "image_size": 16},
+    "vision": {"patch_size": 4, "width": 32, "layers": 1, "heads": 2, "tokens": TOKENS, "feature_dim": FEATURES,
+               "noise": 0.1, "attribute_weight": 1.0, "optim": {"steps": 8, "batch_size": 7, "learning_rate": 1e-3}},
+    "detokenizer": {"patch_size": 4, "width": 32, "layers": 1, "heads": 2, "sampling_steps": 2,
+                    "optim": {"steps": 6, "batch_size": 5, "learning_rate": 1e-3, "ema_decay": 0.5}},
+    "identity": {"embedding_dim": 12, "identities": 11,
+                 "optim": {"steps": 6, "batch_size": 9, "learning_rate": 1e-3}},
+    "data": {
+        "base": {"conversations": 9, "rounds": [2, 3], "rollback_share": 0.0, "describe_share": 0.5},
+        "rollback": {"conversations": 7, "rounds": [4, 5], "rollback_share": 0.7, "max_depth": 2},
+    },
+    "model": {"hidden_size": 24, "intermediate_size": 44, "layers": 2, "heads": 3, "resampler_heads": 2,
+              "lora_rank": 3, "max_rounds": MAX_ROUNDS},
+    "stages": [
+        {"name": "base", "data": "base", "trainable": "all", "history_noise": 0.1,
+         "optim": {"steps": 8, "batch_size": 9, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 3}},
+        {"name": "rollback", "start": "base", "data": "rollback", "trainable": "lora", "predicted_history": 0.8,
+         "optim": {"steps": 8, "batch_size": 15, "learning_rate": 1e-2, "warmup_steps": 2, "checkpoint_every": 3}},
+        {"name": "plain", "start": "base", "data": "rollback", "trainable": "lora", "supervision": "prefix",
+         "response": "polite", "markers": False, "optim": {"steps": 2, "batch_size": 10, "learning_rate": 1e-12}},
+    ],
+    "experiments": {"conversations": 5, "depths": [1, 2], "drift_conversations": 3, "drift_rounds": 4, "bootstrap": 50},
+}  # fmt: skip
+
+
+def open_run(folder: Path, **changes: Any) -> Run:
+    """A run of the toy settings, some of its parts replaced."""
+    path = folder / "toy.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(SETTINGS | changes), encoding="utf-8")
+    return Run.open(path, folder / "run")
+
+
+def features_of(run: Run, name: str) -> ConversationFeatures:
+    """A data set of a run with the features of its encoder."""
+    settings = run.params.data[name]  # type: ignore[index]
+    made = rollback.build_conversations(SOURCE, settings, seed=3, split="train", name=name)
+    encoder = curriculum.load_encoder(run)
+    return encode_conversations(rollback.with_images(SOURCE, made), lambda images: encoder(images.float() / 255))
+
+
+@dataclass
+class Trained:
+    """A run in which everything was trained for a few steps, and the modules as they were when training ended."""
+
+    run: Run
+    modules: dict[str, Any]
+    features: dict[str, ConversationFeatures]
+
+
+def train_everything(folder: Path) -> Trained:
+    """Encoder, detokenizer, face embedder and every stage of the toy settings."""
+    made = Trained(open_run(folder), {}, {})
+    real = train.fit
+
+    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> list[dict[str, float]]:
+        made.modules[kwargs["title"]] = module
+        return real(module, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", noted)
+        curriculum.train_encoder(made.run, SOURCE)
+        curriculum.train_detokenizer(made.run, SOURCE, curriculum.load_encoder(made.run))
+        curriculum.train_identity(made.run, SOURCE)
+        made.features = {name: features_of(made.run, name) for name in ("base", "rollback")}
+        for stage in made.run.params.stages:
+            curriculum.train_stage(made.run, stage.name, SOURCE, made.features[stage.data])
+    return made
 
 
 def draw(conversation: Conversation) -> Conversation:
