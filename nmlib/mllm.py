@@ -26,8 +26,7 @@ from nmlib.layout import IGNORE, Layout
 from nmlib.resampler import Resampler
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WORD_STD = 0.02
-WEIGHT_STD = 0.02
+WORD_STD = 0.05
 LORA_FULLY_TRAINED = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
@@ -82,20 +81,19 @@ class HistoryMLLM(nn.Module):
                 num_attention_heads=settings.heads,
                 max_position_embeddings=8192,
                 pad_token_id=pad_token_id,
-                initializer_range=WEIGHT_STD,
+                initializer_range=WORD_STD,
                 attn_implementation="sdpa",  # type: ignore[call-arg]
                 use_cache=False,
             )
         )
-        # Image embeddings have unit variance. Words and weights at LLaMA's usual 0.02 would drown beside them, and
-        # the numbers of pictures and slots could not be found.
-        for words in self.llm.get_input_embeddings().parameters():
-            nn.init.normal_(words, std=WORD_STD)
         heads = settings.resampler_heads
         self.input_resampler = Resampler(tokens_per_image, settings.hidden_size, heads, feature_dim)
         self.output_resampler = Resampler(tokens_per_image, feature_dim, heads, settings.hidden_size)
         self.input_resampler.start_at_own_position()
         self.output_resampler.start_at_own_position()
+        # A fresh resampler speaks with unit variance: beside it words would drown, and with them the instruction.
+        with torch.no_grad():
+            self.input_resampler.attn.out_proj.weight.mul_(WORD_STD)
         self.marker_ids: Tensor
         self.slot_ids: Tensor
         self.feature_scale: Tensor
