@@ -97,16 +97,19 @@ def test_results(call: Any, project_root: Path) -> None:
     assert "no records" in err
     run = Run.open(project_root / "params" / "tiny.yaml", root=project_root / "runs")
     write_record(run, "tiny.one", 1.0, n=1, modules=["runtime"])
+    write_record(run, "edit.accuracy.tiny_trained", 0.5, n=2, modules=["runtime"])
     (project_root / "README.md").write_text(f"{START}\n{END}\n")
     code, out, err = call("results", "--params", "tiny", "--publish", "--write-readme")
     assert code == 0, err
     assert "| `tiny.one` | 1.000 |" in out
-    assert "| `tiny.one` | 1.000 |" in (project_root / "README.md").read_text()
+    readme = (project_root / "README.md").read_text()
+    assert "| `edit.accuracy.tiny_trained` | 0.500 |" in readme
+    assert "tiny.one" not in readme, "the README shows headline results only"
     path = project_root / "params" / "tiny.yaml"
     path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
     code, _, err = call("results", "--params", "tiny")
     assert code == 1
-    assert "1 of 1 records are not current; tiny.one: the settings changed since" in err
+    assert "2 of 2 records are not current; edit.accuracy.tiny_trained: the settings changed since" in err
 
 
 def test_book_of_nothing_is_1(call: Any, project_root: Path) -> None:
