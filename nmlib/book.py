@@ -58,6 +58,8 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
     if strict and warnings:
         raise RunError(f"{len(warnings)} warnings of notebooks; first: {' '.join(warnings[0].split())}")
     _write_generated(root / "book" / "generated", run)
+    # pictures of earlier builds have other names; left here they would be published with this one
+    shutil.rmtree(root / "_build" / "html", ignore_errors=True)
     _build(root)
     return root / "_build" / "html" / "index.html"
 
