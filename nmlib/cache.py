@@ -184,13 +184,13 @@ class PrefixCache:
             self.states.crop(-count)
         return hidden_states
 
-    def read_text(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Append texts of any lengths, one for each history; returns the logits (B, V) after each."""
+    def read_text(self, ids: Sequence[Sequence[int]], index: int) -> Tensor:
+        """Append texts of any lengths in round `index`, one a history; returns the logits (B, V) after each."""
         longest = max(len(row) for row in ids)
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)  # (B, t)
         lengths = torch.tensor([len(row) for row in ids], device=self.device)
         valid = torch.arange(longest, device=self.device) < lengths[:, None]  # (B, t)
-        embeds = self.model.base_llm.get_input_embeddings()(padded)  # (B, t, D)
+        embeds = self.model.embed_text(padded, torch.full_like(padded, index))  # (B, t, D)
         hidden_states = self._read(embeds, valid, keep=True)
         last = hidden_states[torch.arange(len(ids)), (lengths - 1).clamp_min(0)]  # (B, D)
         return self.model.base_llm.lm_head(last)  # (B, V)

@@ -23,7 +23,7 @@ from nmlib.vision import VisionTransformer
 
 Policy = Literal["tokens", "prefix", "reencode", "oracle"]
 POLICIES: tuple[Policy, ...] = ("reencode", "tokens", "prefix", "oracle")
-MAX_REPLY = 8
+MAX_REPLY = 16
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,14 @@ class System:
         return torch.cat([self.detokenizer.decode(part, seed=seed) for part in tokens.split(256)])
 
 
-def greedy_reply(cache: PrefixCache, logits: Tensor, template: Template) -> list[str]:
+def greedy_reply(cache: PrefixCache, logits: Tensor, template: Template, index: int) -> list[str]:
     """Let the model speak until it opens an image, which is forced after a few words.
 
     Args:
         cache: histories that end in `[/INST]`; they are extended by the reply and `<img>`.
         logits: (B, V) after the last token.
         template: knows the special tokens.
+        index: the round.
 
     Returns:
         The replies as text, without `<img>`.
@@ -71,10 +72,10 @@ def greedy_reply(cache: PrefixCache, logits: Tensor, template: Template) -> list
         fresh = [[word] if is_open else [] for word, is_open in zip(words, open_, strict=True)]
         for reply, word in zip(replies, fresh, strict=True):
             reply += word
-        step = cache.read_text(fresh)
+        step = cache.read_text(fresh, index)
         keep = torch.tensor(open_, device=logits.device)[:, None]
         logits = torch.where(keep, step, logits)
-    cache.read_text([[template.boi]] * cache.batch)
+    cache.read_text([[template.boi]] * cache.batch, index)
     return [str(template.tokenizer.decode(reply)) for reply in replies]
 
 
@@ -125,15 +126,15 @@ def rollout(
         if recompute:
             cache = PrefixCache(model, template.image_ids, len(conversations))
             for earlier in range(index):
-                cache.read_text([template.prompt(conversation, earlier) for conversation in conversations])
+                cache.read_text([template.prompt(conversation, earlier) for conversation in conversations], earlier)
                 if not _is_upload(conversations, earlier):
-                    cache.read_text([template.encode(f"{reply} {BOI}") for reply in replies[earlier]])
+                    cache.read_text([template.encode(f"{reply} {BOI}") for reply in replies[earlier]], earlier)
                 _close_round(cache, template, conversations, remembered[:, earlier], earlier)
-        logits = cache.read_text([template.prompt(conversation, index) for conversation in conversations])
+        logits = cache.read_text([template.prompt(conversation, index) for conversation in conversations], index)
         if _is_upload(conversations, index):
             replies.append([""] * len(conversations))
         else:
-            replies.append(greedy_reply(cache, logits, template))
+            replies.append(greedy_reply(cache, logits, template, index))
             predictions[:, index] = cache.query([phrases.base_of_response(reply, index) for reply in replies[-1]])
             own = predictions[:, index]
             remembered[:, index] = own if history is None else history(own, features[:, index])
@@ -153,7 +154,7 @@ def _close_round(
     cache: PrefixCache, template: Template, conversations: Sequence[Conversation], tokens: Tensor, index: int
 ) -> None:
     cache.read_images(tokens, index)
-    cache.read_text([template.closing(conversation, index) for conversation in conversations])
+    cache.read_text([template.closing(conversation, index) for conversation in conversations], index)
 
 
 def history_policy(system: System, policy: Policy) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -234,8 +235,8 @@ class ChatSession:
         kind = "edit" if index else "describe"
         cache = self._prefix().fork()
         conversation = self._conversation([*self.tokens.path(), Node(-1, None, kind, text, "", None, self.seed)])
-        logits = cache.read_text([self.system.template.prompt(conversation, index)])
-        response = greedy_reply(cache, logits, self.system.template)[0]
+        logits = cache.read_text([self.system.template.prompt(conversation, index)], index)
+        response = greedy_reply(cache, logits, self.system.template, index)[0]
         features = cache.query([phrases.base_of_response(response, index)])[0]  # (N, D_feature)
         return self._remember(features, kind, text, response, self._base(response), cache)
 
@@ -264,7 +265,7 @@ class ChatSession:
         """Add the history block of the node at `index` of the current path to a cache."""
         path = self.tokens.path()
         cache.read_images(self.tokens.tokens(path[index].id)[None], index)
-        cache.read_text([self.system.template.closing(self._conversation(path), index)])
+        cache.read_text([self.system.template.closing(self._conversation(path), index)], index)
 
     def _prefix(self) -> PrefixCache:
         """The history up to the current node, from the longest part that is cached."""
@@ -275,9 +276,9 @@ class ChatSession:
         for index in range(start, len(path)):
             cache = cache.fork()
             conversation = self._conversation(path[: index + 1])
-            cache.read_text([self.system.template.prompt(conversation, index)])
+            cache.read_text([self.system.template.prompt(conversation, index)], index)
             if path[index].kind != "upload":
-                cache.read_text([self.system.template.encode(f"{path[index].response} {BOI}")])
+                cache.read_text([self.system.template.encode(f"{path[index].response} {BOI}")], index)
             self._close(cache, index)
             self._prefixes[path[index].id] = cache
         return cache

@@ -107,7 +107,8 @@ class DataConfig(Settings):
     """Conversations to build.
 
     `rounds` lists the lengths to draw from; `max_depth` bounds rollbacks, except that those which name their base
-    (by number, content, or as the start) reach back `named_depth` rounds where it is given.
+    (by number, content, or as the start) reach back `named_depth` rounds where it is given. `content_weight` says how
+    many times more often a reference by content is drawn, where there is one, than each other kind.
     """
 
     conversations: Count
@@ -116,6 +117,7 @@ class DataConfig(Settings):
     max_depth: Count = 2
     named_depth: Count | None = None
     describe_share: Fraction = 0.25
+    content_weight: Positive = 3.0
 
 
 class ModelConfig(Settings):
@@ -157,7 +159,9 @@ class StageConfig(Settings):
 
     `start` names the stage whose weights it continues from (none: from scratch); `trainable` is `all` or
     `lora` (LoRA and norms, embeddings, resamplers); `predicted_history` is the final share of history
-    images replaced by the model's own predictions, reached by a linear ramp.
+    images replaced by the model's own predictions, reached by a linear ramp. Each step also reads `word_rounds`
+    rounds of fresh conversations without their pictures; for the share `content_first` of the steps these refer by
+    content whenever they can.
     """
 
     name: str
@@ -167,6 +171,8 @@ class StageConfig(Settings):
     supervision: Literal["packed", "prefix"] = "packed"
     predicted_history: Fraction = 0.0
     history_noise: Annotated[float, Field(ge=0.0)] = 0.0
+    word_rounds: Annotated[int, Field(ge=0)] = 0
+    content_first: Fraction = 0.5
     response: Literal["polite", "grounded"] | None = None
     markers: bool | None = None
     optim: OptimConfig

@@ -89,6 +89,19 @@ class Conversation:
         base = self.rounds[index].base
         return 0 if base is None else index - 1 - base
 
+    def named_edit(self, index: int) -> str:
+        """The earlier edit by which a round names its base, in the shortest words that single it out.
+
+        "Go back to the one before the blue wall" gives `background`, or `blue background` if the background was
+        changed more than once; a round that names its base otherwise gives an empty text.
+        """
+        item = self.rounds[index]
+        edit = self.rounds[item.base + 1].edit if item.reference == "content" and item.base is not None else None
+        if edit is None:
+            return ""
+        changes = [other.edit.attribute for other in self.rounds[:index] if other.edit is not None]
+        return edit.attribute if changes.count(edit.attribute) == 1 else f"{edit.value} {edit.attribute}"
+
     def children(self, index: int) -> tuple[int, ...]:
         """Rounds that start from a given round."""
         return tuple(number for number, item in enumerate(self.rounds) if item.base == index)

@@ -1,7 +1,8 @@
 """Everything that is trained, in order: encoder, detokenizer, and the stages of a params file.
 
 A stage is data (`StageConfig`): where it starts, what it reads, what it may change. The trainer knows nothing of
-its meaning. Each result is one file in the run folder whose metadata rebuilds it.
+its meaning. Each result is one file in the run folder whose metadata rebuilds it. A result that the same settings
+and the same code have made is left as it is, so that a notebook can run again without training again.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,8 +14,18 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from nmlib import checkpoint, config, data, layout, train
-from nmlib.config import DetokenizerConfig, ModelConfig, OptimConfig, Params, Settings, StageConfig, VisionConfig
+from nmlib import checkpoint, config, data, layout, rollback, runtime, train
+from nmlib.config import (
+    DataConfig,
+    DetokenizerConfig,
+    ModelConfig,
+    OptimConfig,
+    Params,
+    Settings,
+    StageConfig,
+    VisionConfig,
+)
+from nmlib.conversation import Conversation
 from nmlib.detokenizer import Detokenizer
 from nmlib.identity import ArcFaceTrainer, export_onnx
 from nmlib.layout import Template
@@ -24,6 +35,7 @@ from nmlib.sources import Source, attribute_sizes
 from nmlib.vision import EncoderTrainer, VisionTransformer
 
 M = TypeVar("M", bound=nn.Module)
+CONTENT_FIRST = 12.0  # times as often as another reference, while content comes first
 History = list[dict[str, float]]
 
 
@@ -57,9 +69,23 @@ def _finish(run: Run, name: str, tensors: dict[str, Tensor], metadata: dict[str,
     run.path("training", name, "progress.safetensors").unlink(missing_ok=True)
 
 
+def _key(run: Run, seed: int, *settings: Settings) -> str:
+    """Identifies what a training gives: all that it depends on is in its settings, its seed and this code."""
+    parts = [config.digest(part) for part in (run.params.source, run.params.vision, *settings)]
+    return "-".join([*parts, run.params.precision, str(run.params.seed + seed), runtime.library_digest("curriculum")])
+
+
+def _made(path: Path, key: str) -> History | None:
+    """Loss history of a result that a training of this key has made already."""
+    metadata = checkpoint.load(path)[1] if path.exists() else {}
+    return metadata["history"] if metadata.get("key") == key else None
+
+
 def train_encoder(run: Run, source: Source) -> History:
     """Train the image encoder on pictures of the training split; writes `encoder.safetensors`."""
-    params, optim = run.params, run.params.vision.optim
+    params, optim, key = run.params, run.params.vision.optim, _key(run, 0)
+    if (made := _made(run.path("encoder.safetensors"), key)) is not None:
+        return made
     subject_dim = source.sample_subjects(1, "train", data.step_generator(0, 0)).shape[1]
     torch.manual_seed(params.seed)
     module = EncoderTrainer(params.vision, params.source.image_size, attribute_sizes(source), subject_dim)
@@ -74,7 +100,7 @@ def train_encoder(run: Run, source: Source) -> History:
         "settings": params.vision.model_dump(mode="json"),
         "image_size": params.source.image_size,
         "history": history,
-        "key": data.settings_key(params, params.seed),
+        "key": key,
     }
     _finish(run, "encoder", module.encoder.state_dict(), metadata)
     return history
@@ -90,7 +116,9 @@ def load_encoder(run: Run) -> VisionTransformer:
 
 def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> History:
     """Train the DiT to reconstruct pictures from their tokens; writes `detokenizer.safetensors`."""
-    params, optim = run.params, run.params.detokenizer.optim
+    params, optim, key = run.params, run.params.detokenizer.optim, _key(run, 0, run.params.detokenizer)
+    if (made := _made(run.path("detokenizer.safetensors"), key)) is not None:
+        return made
     torch.manual_seed(params.seed)
     module = Detokenizer(
         params.detokenizer, params.source.image_size, params.tokens_per_image, params.vision.feature_dim
@@ -110,6 +138,7 @@ def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> H
         "tokens": params.tokens_per_image,
         "feature_dim": params.vision.feature_dim,
         "history": history,
+        "key": key,
     }
     _finish(run, "detokenizer", module.state_dict(), metadata)
     return history
@@ -154,6 +183,72 @@ def predicted_share(stage: StageConfig, step: int) -> float:
     return stage.predicted_history * min(1.0, max(0.0, ramp))
 
 
+def word_batch(source: Source, settings: DataConfig, stage: StageConfig, step: int, seed: int) -> list[Conversation]:
+    """Fresh conversations of one length whose words alone are learned at a step; a pure function of step and seed.
+
+    Finding a picture by what was said of it is learned slowly, and hardly at all while guessing its distance is
+    right as often as not; so it comes first (`content_first`).
+    """
+    generator = data.step_generator(seed, step)
+    length = settings.rounds[int(torch.randint(len(settings.rounds), (1,), generator=generator))]
+    first = step < stage.content_first * stage.optim.steps
+    changes = {"conversations": max(1, stage.word_rounds // length), "rounds": (length,)}
+    changes |= {"content_weight": CONTENT_FIRST} if first else {}
+    return rollback.build_conversations(
+        source, settings.model_copy(update=changes), seed=seed * 1_000_003 + step, split="train"
+    )
+
+
+def stage_batches(
+    params: Params,
+    stage: StageConfig,
+    source: Source,
+    features: data.ConversationFeatures,
+    template: Template,
+    seed: int,
+) -> Callable[[int], dict[str, Any]]:
+    """Batches of a stage as a function of the step: conversations with their pictures, and words alone beside them."""
+
+    def batch_at(step: int) -> dict[str, Any]:
+        conversations, true = features.batch(step, stage.optim.batch_size, seed + 3)
+        generator = data.step_generator(seed + 4, step)
+        chance = predicted_share(stage, step)
+        replaced = torch.rand(true.shape[:2], generator=generator) < chance if chance else None
+        batch = template.packed(conversations) if stage.supervision == "packed" else template.prefix(conversations)
+        words = None
+        if stage.word_rounds:
+            spoken = word_batch(source, params.data[stage.data], stage, step, seed + 7)
+            words = template.packed(spoken, pictures=False)
+        noise = stage.history_noise
+        return {"layout": batch, "features": true, "replaced": replaced, "history_noise": noise, "words": words}
+
+    return batch_at
+
+
+def _earlier(params: Params, stage: StageConfig) -> list[Settings]:
+    """Settings of the stages that a stage continues, with their data."""
+    if stage.start is None:
+        return []
+    before = params.stage(stage.start)
+    return [*_earlier(params, before), before, params.data[before.data], stage_model_settings(params, before)]
+
+
+def _start(
+    run: Run, stage: StageConfig, source: Source, features: data.ConversationFeatures, seed: int
+) -> tuple[HistoryMLLM, Template]:
+    """The model that a stage begins with, and its template."""
+    settings = stage_model_settings(run.params, stage)
+    tokens = run.params.tokens_per_image
+    tokenizer = layout.build_tokenizer(source.attributes, tokens, settings.max_rounds)
+    model, template = new_model(settings, tokenizer, tokens, run.params.vision.feature_dim)
+    if stage.start is None:
+        model.feature_scale.copy_(torch.cat(features.features).std(0).clamp_min(0.05))  # (N, D_feature)
+    else:
+        start = run.path(f"{model_name(stage.start, seed)}.safetensors")
+        checkpoint.load_into(model, checkpoint.load(start)[0], str(start))
+    return model, template
+
+
 def train_stage(run: Run, name: str, source: Source, features: data.ConversationFeatures, seed: int = 0) -> History:
     """Train one stage; writes `models/<name>.safetensors`, LoRA merged.
 
@@ -164,40 +259,31 @@ def train_stage(run: Run, name: str, source: Source, features: data.Conversation
         features: the stage's data set.
         seed: added to the run's seed, for intervals over seeds.
     """
-    params, stage = run.params, run.params.stage(name)
+    params, stage, result = run.params, run.params.stage(name), model_name(name, seed)
     settings = stage_model_settings(params, stage)
+    parts = [stage, params.data[stage.data], settings]
+    key = _key(run, seed, *_earlier(params, stage), *parts)
+    if (made := _made(run.path(f"{result}.safetensors"), key)) is not None:
+        return made
     torch.manual_seed(params.seed + seed)
-    tokens, dim = params.tokens_per_image, params.vision.feature_dim
-    tokenizer = layout.build_tokenizer(source.attributes, tokens, settings.max_rounds)
-    model, template = new_model(settings, tokenizer, tokens, dim)
-    result = model_name(name, seed)
-    if stage.start is None:
-        model.feature_scale.copy_(torch.cat(features.features).std(0).clamp_min(0.05))  # (N, D_feature)
-    else:
-        start = run.path(f"{model_name(stage.start, seed)}.safetensors")
-        checkpoint.load_into(model, checkpoint.load(start)[0], str(start))
+    model, template = _start(run, stage, source, features, seed)
     if stage.trainable == "lora":
         model.add_lora()
 
-    def batch_at(step: int) -> dict[str, Any]:
-        conversations, true = features.batch(step, stage.optim.batch_size, params.seed + seed + 3)
-        generator = data.step_generator(params.seed + seed + 4, step)
-        chance = predicted_share(stage, step)
-        replaced = torch.rand(true.shape[:2], generator=generator) < chance if chance else None
-        batch = template.packed(conversations) if stage.supervision == "packed" else template.prefix(conversations)
-        return {"layout": batch, "features": true, "replaced": replaced, "history_noise": stage.history_noise}
-
-    parts = (params.source, params.vision, settings, stage, params.data[stage.data])
-    history = _run_training(run, result, model, batch_at, stage.optim, params.seed + seed, parts)
+    batch_at = stage_batches(params, stage, source, features, template, params.seed + seed)
+    history = _run_training(
+        run, result, model, batch_at, stage.optim, params.seed + seed, [params.source, params.vision, *parts]
+    )
     if stage.trainable == "lora":
         model.merge_lora()
     metadata = {
         "settings": settings.model_dump(mode="json"),
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
-        "tokens": tokens,
-        "feature_dim": dim,
+        "tokenizer": template.tokenizer.backend_tokenizer.to_str(),
+        "tokens": params.tokens_per_image,
+        "feature_dim": params.vision.feature_dim,
         "stage": stage.model_dump(mode="json"),
         "history": history,
+        "key": key,
     }
     _finish(run, result, model.state_dict(), metadata)
     return history
@@ -237,6 +323,9 @@ def _json(value: Any) -> str:
 def train_identity(run: Run, source: Source) -> History:
     """Train the subject embedder on its own subjects; writes `identity.onnx`, which insightface loads."""
     params, settings = run.params, run.params.identity
+    result, key = run.path("training", "identity", "result.json"), _key(run, 0, settings)
+    if result.exists() and run.path("identity.onnx").exists() and (made := runtime.read_json(result))["key"] == key:
+        return made["history"]
     generator = data.step_generator(params.seed + 5, 0)
     people = source.sample_subjects(settings.identities, "train", generator)  # (K, S)
     torch.manual_seed(params.seed)
@@ -251,5 +340,6 @@ def train_identity(run: Run, source: Source) -> History:
 
     history = _run_training(run, "identity", module, batch_at, settings.optim, params.seed, (params.source, settings))
     export_onnx(module.embedder, run.path("identity.onnx"))
+    runtime.write_json(result, {"key": key, "history": history})
     run.path("training", "identity", "progress.safetensors").unlink(missing_ok=True)
     return history

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from nmlib import checkpoint, config
+from nmlib import checkpoint
 from nmlib.config import SourceConfig
 from nmlib.conversation import Conversation, load_conversations
 from nmlib.photos import PhotoSource
@@ -119,8 +119,3 @@ def load_features(folder: Path, encode: Callable[[Tensor], Tensor], encoder_key:
     encoded = encode_conversations(conversations, encode)
     checkpoint.save(path, {"features": torch.cat(encoded.features)}, key)
     return encoded
-
-
-def settings_key(settings: config.Settings, seed: int) -> str:
-    """Identifies what a training with these settings and seed gives."""
-    return f"{config.digest(settings)}-{seed}"

@@ -252,11 +252,6 @@ def record_drift(run: Run, table: pd.DataFrame, minutes: float) -> None:
                 _record(run, f"drift.{column}.round{index}.{policy}", part, column, minutes, unit)
 
 
-def record_curve(run: Run, id_: str, value: float, n: int, unit: str, minutes: float) -> None:
-    """Write one plain number."""
-    write_record(run, id_, value, n=n, unit=unit, minutes=minutes, modules=("experiments",))
-
-
 class Stopwatch:
     """Minutes since it was made."""
 

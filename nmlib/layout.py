@@ -4,7 +4,7 @@ One conversation becomes one sequence (SEED-X's template, one turn a round):
 
     <s> [INST] #1 <img> C*N </img> use this picture [/INST]            an upload, or
     <s> [INST] a picture with ... [/INST] #1 <img> Q*N C*N </img>        a description
-        [INST] make the wall blue [/INST] #2 from #1 <img> Q*N C*N </img> ...
+        [INST] make the wall blue [/INST] blue background #1 to #2 <img> Q*N C*N </img> ...
 
 Q are the N query tokens whose hidden states become the image; C are the N history tokens of the same image,
 which later rounds read. In `packed` supervision both stand in one sequence at the *same positions*; a query
@@ -71,6 +71,7 @@ class Layout:
         input_ids: (B, T) token ids.
         position_ids: (B, T); query and history block of a round share theirs.
         segments: (B, T) 0 on the main path, r + 1 in the query block of round r, -1 on padding.
+        rounds: (B, T) round that a token belongs to, 0 on padding.
         labels: (B, T) the id that follows on the main path where it is supervised, else -100.
         query_slots: (B, T) True where a query token stands.
         history_slots: (B, T) True where a history token stands.
@@ -84,6 +85,7 @@ class Layout:
     input_ids: Tensor
     position_ids: Tensor
     segments: Tensor
+    rounds: Tensor
     labels: Tensor
     query_slots: Tensor
     history_slots: Tensor
@@ -120,6 +122,7 @@ class _Row:
     ids: list[int]
     positions: list[int]
     segments: list[int]
+    rounds: list[int]
     labels: list[int]
     starts: list[int]
     history: list[int]
@@ -127,6 +130,7 @@ class _Row:
     bases: list[int]
     in_history: list[bool]
     position: int = 0
+    round: int = 0
 
     def add(
         self, ids: Sequence[int], segment: int = MAIN, labels: Sequence[int] | None = None, in_history: bool = False
@@ -135,6 +139,7 @@ class _Row:
         self.ids += ids
         self.positions += range(start, start + len(ids))
         self.segments += [segment] * len(ids)
+        self.rounds += [self.round] * len(ids)
         self.labels += labels if labels is not None else [IGNORE] * len(ids)
         self.starts += [start if segment > MAIN else 0] * len(ids)
         self.in_history += [in_history] * len(ids)
@@ -179,8 +184,10 @@ class Template:
 
     def reply(self, conversation: Conversation, index: int) -> list[int]:
         """Ids of the text before a generated image, up to `<img>`."""
-        item = conversation.rounds[index]
-        return self.encode(f"{phrases.response(self.response, index, item.base, item.instruction)} {BOI}")
+        item, before = conversation.rounds[index], conversation.named_edit(index)
+        edit = f"{item.edit.value} {item.edit.attribute}" if item.edit else ""
+        text = phrases.response(self.response, index, item.base, item.instruction, edit, before)
+        return self.encode(f"{text} {BOI}")
 
     def closing(self, conversation: Conversation, index: int) -> list[int]:
         """Ids after a round's history block."""
@@ -188,42 +195,48 @@ class Template:
         tail = f" {item.instruction} {END_INST}" if item.kind == "upload" else ""
         return self.encode(f"{EOI}{tail}")
 
-    def _add_round(self, row: _Row, conversation: Conversation, index: int, *, query: bool, history: bool) -> None:
+    def _add_round(
+        self, row: _Row, conversation: Conversation, index: int, *, query: bool, history: bool, pictures: bool = True
+    ) -> None:
+        row.round = index
         row.add(self.prompt(conversation, index))
         if conversation.rounds[index].kind != "upload":
             reply = self.reply(conversation, index)
             if query:
                 row.labels[-1] = reply[0]
             row.add(reply, labels=[*reply[1:], IGNORE] if query else None)
-            if query:
+            if query and pictures:
                 row.add(self.image_ids, segment=index + 1)
                 row.queries.append(index)
                 base = conversation.rounds[index].base
                 row.bases.append(-1 if base is None else base)
         if history:
-            row.history.append(index)
-            row.add(self.image_ids, in_history=True)
+            if pictures:
+                row.history.append(index)
+                row.add(self.image_ids, in_history=True)
+            else:
+                row.position += self.tokens_per_image
             row.add(self.closing(conversation, index))
 
-    def packed_row(self, conversation: Conversation) -> _Row:
-        """One sequence that supervises every generated image of a conversation."""
-        row = _Row([], [], [], [], [], [], [], [], [])
+    def packed_row(self, conversation: Conversation, pictures: bool = True) -> _Row:
+        """One sequence that supervises every generated image of a conversation, or without pictures every reply."""
+        row = _Row([], [], [], [], [], [], [], [], [], [])
         last = len(conversation) - 1
         for index in range(len(conversation)):
-            self._add_round(row, conversation, index, query=True, history=index < last)
+            self._add_round(row, conversation, index, query=True, history=index < last, pictures=pictures)
         return row
 
     def prefix_row(self, conversation: Conversation, index: int) -> _Row:
         """One sequence that supervises the image of one round, with everything before it as history."""
-        row = _Row([], [], [], [], [], [], [], [], [])
+        row = _Row([], [], [], [], [], [], [], [], [], [])
         for earlier in range(index):
             self._add_round(row, conversation, earlier, query=False, history=True)
         self._add_round(row, conversation, index, query=True, history=False)
         return row
 
-    def packed(self, conversations: Sequence[Conversation]) -> Layout:
-        """The batch of `packed` supervision."""
-        rows = [self.packed_row(conversation) for conversation in conversations]
+    def packed(self, conversations: Sequence[Conversation], pictures: bool = True) -> Layout:
+        """The batch of `packed` supervision; without pictures their places stay empty, and words keep theirs."""
+        rows = [self.packed_row(conversation, pictures) for conversation in conversations]
         return self._collate(rows, list(range(len(rows))))
 
     def prefix(self, conversations: Sequence[Conversation], rounds: Sequence[int] | None = None) -> Layout:
@@ -260,6 +273,7 @@ class Template:
             input_ids=stack([row.ids for row in rows], pad),
             position_ids=stack([row.positions for row in rows], 0),
             segments=segments,
+            rounds=stack([row.rounds for row in rows], 0),
             labels=stack([row.labels for row in rows], IGNORE),
             query_slots=segments > MAIN,
             history_slots=stack([row.in_history for row in rows], 0).bool(),

@@ -4,9 +4,9 @@ What differs from a textbook language model:
 - image features enter through `input_resampler` at the N slots of each history block;
 - the N query tokens of a block are ordinary vocabulary rows; the hidden states at their slots leave through
   `output_resampler` and are regressed on the frozen encoder's features;
-- with markers, every history token also carries the embeddings of its picture's number and of its slot, so that
-  "#2" in a text finds picture 2, and the n-th query its n-th token, by content; and the queries start from the
-  history tokens of the picture that the reply names, so that what an edit leaves alone need not be looked up;
+- with markers, every word and every history token also carries the number of its round, and history tokens their
+  slot, so that "#2" in a text finds round 2, and the n-th query its n-th token, by content; and the queries start
+  from the history tokens of the picture that the reply names, so that what an edit leaves alone need not be looked up;
 - in training, history images can be replaced by the model's own predictions.
 Module names are SEED-X's (`llm`, `input_resampler`, `output_resampler`).
 """
@@ -27,15 +27,17 @@ from nmlib.resampler import Resampler
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORD_STD = 0.05
+MATCH_GAIN = 1.7
 LORA_FULLY_TRAINED = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
 class Losses(NamedTuple):
-    """Losses of a batch; `total` is the weighted sum."""
+    """Losses of a batch; `total` is the weighted sum, `words` the text loss of conversations without pictures."""
 
     total: Tensor
     text: Tensor
     image: Tensor
+    words: Tensor
 
 
 class Output(NamedTuple):
@@ -94,12 +96,25 @@ class HistoryMLLM(nn.Module):
         # A fresh resampler speaks with unit variance: beside it words would drown, and with them the instruction.
         with torch.no_grad():
             self.input_resampler.attn.out_proj.weight.mul_(WORD_STD)
+        self._start_by_matching()
         self.marker_ids: Tensor
         self.slot_ids: Tensor
         self.feature_scale: Tensor
         self.register_buffer("marker_ids", torch.tensor(list(marker_ids), dtype=torch.int64), persistent=False)
         self.register_buffer("slot_ids", torch.tensor(list(slot_ids), dtype=torch.int64), persistent=False)
         self.register_buffer("feature_scale", torch.ones(tokens_per_image, feature_dim))
+
+    @torch.no_grad()
+    def _start_by_matching(self) -> None:
+        """Initialise queries and keys alike, so that a token looks first for tokens like itself.
+
+        "Before you changed the hat" is answered by finding where the hat was spoken of. A large language model has
+        learned to look for what it stands on; a small one would need most of its training to (the initialisation
+        of Trockman and Kolter, arXiv 2305.09828).
+        """
+        for layer in self.base_llm.model.layers:
+            key = layer.self_attn.k_proj.weight.mul_(MATCH_GAIN)
+            layer.self_attn.q_proj.weight.copy_(key)
 
     def add_lora(self) -> None:
         """Freeze the language model but for LoRA, norms, embeddings and head; resamplers stay trainable."""
@@ -130,6 +145,12 @@ class HistoryMLLM(nn.Module):
     def base_llm(self) -> LlamaForCausalLM:
         """The LLaMA itself, with or without LoRA around it."""
         return self.llm.get_base_model() if self.has_lora else self.llm
+
+    def embed_text(self, input_ids: Tensor, rounds: Tensor) -> Tensor:
+        """Words (B, T) of rounds (B, T) to embeddings (B, T, D)."""
+        words = self.base_llm.get_input_embeddings()
+        embeds = words(input_ids)  # (B, T, D)
+        return embeds + words(self.marker_ids[rounds]) if len(self.marker_ids) else embeds
 
     def embed_images(self, features: Tensor, rounds: Tensor) -> Tensor:
         """History features (C, N, D_feature) of rounds (C,) to embeddings (C, N, D)."""
@@ -165,7 +186,7 @@ class HistoryMLLM(nn.Module):
         Returns:
             (B, T, D).
         """
-        embeds = self.base_llm.get_input_embeddings()(layout.input_ids)  # (B, T, D)
+        embeds = self.embed_text(layout.input_ids, layout.rounds)  # (B, T, D)
         images = self.embed_images(history, layout.history[:, 1])  # (C, N, D)
         query_ids = layout.input_ids[layout.query_slots].unflatten(0, (-1, self.tokens_per_image))  # (Q, N)
         queries = self.embed_queries(query_ids, images, layout.bases)  # (Q, N, D)
@@ -194,8 +215,24 @@ class HistoryMLLM(nn.Module):
         logits = self.base_llm.lm_head(hidden_states[layout.labels != IGNORE])  # (L, V)
         return Output(self.output_resampler(queries), logits, result.attentions)
 
+    def text_loss(self, layout: Layout) -> Tensor:
+        """Cross-entropy of the replies of a batch laid out without pictures."""
+        hidden_states = self.base_llm.model(
+            inputs_embeds=self.embed_text(layout.input_ids, layout.rounds),
+            attention_mask=layout.attention_mask(),
+            position_ids=layout.position_ids,
+            use_cache=False,
+        ).last_hidden_state  # (B, T, D)
+        supervised = layout.labels != IGNORE  # (B, T)
+        return F.cross_entropy(self.base_llm.lm_head(hidden_states[supervised]).float(), layout.labels[supervised])
+
     def forward(
-        self, layout: Layout, features: Tensor, replaced: Tensor | None = None, history_noise: float = 0.0
+        self,
+        layout: Layout,
+        features: Tensor,
+        replaced: Tensor | None = None,
+        history_noise: float = 0.0,
+        words: Layout | None = None,
     ) -> Losses:
         """Losses of a batch.
 
@@ -204,6 +241,7 @@ class HistoryMLLM(nn.Module):
             features: (B, R, N, D_feature) true features of every round.
             replaced: (B, R) bool, history images to replace by the model's own predictions (packed only).
             history_noise: standard deviation of noise added to history features.
+            words: more conversations, laid out without pictures, of which the replies are learned.
         """
         history = features[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)
         if replaced is not None and bool(replaced.any()):
@@ -215,8 +253,9 @@ class HistoryMLLM(nn.Module):
         image = ((output.images.float() - targets) / self.feature_scale).square().mean()
         labels = layout.labels[layout.labels != IGNORE]  # (L,)
         text = F.cross_entropy(output.logits.float(), labels) if len(labels) else image.new_zeros(())
-        total = self.settings.text_loss_weight * text + self.settings.feature_loss_weight * image
-        return Losses(total, text, image)
+        spoken = image.new_zeros(()) if words is None else self.text_loss(words)
+        total = self.settings.text_loss_weight * (text + spoken) + self.settings.feature_loss_weight * image
+        return Losses(total, text, image, spoken)
 
     @torch.no_grad()
     def _own_history(self, layout: Layout, features: Tensor, history: Tensor, replaced: Tensor) -> Tensor:

@@ -175,23 +175,32 @@ def describe_sentence(rng: random.Random, attributes: Sequence[Attribute], value
     return rng.choice(DESCRIBE).format(looks=" and ".join(looks))
 
 
-def response(style: str, index: int, base: int | None, instruction: str) -> str:
+def response(style: str, index: int, base: int | None, instruction: str, edit: str = "", before: str = "") -> str:
     """The text before an image.
 
     Args:
-        style: `grounded` says which picture this is and which one it starts from; `polite` is small talk.
+        style: `grounded` says what was asked for, which picture this is and which one it starts from, for example
+            `before hat #2 then pink hair to #6`; `polite` is small talk.
         index: round of the image.
         base: round it starts from, None for an upload or a description.
         instruction: picks the small talk, so that it is a function of the conversation.
+        edit: what the image sets, where known.
+        before: the earlier edit by which the instruction names the base, if it does.
     """
     if style == "polite":
         return POLITE[hashlib.blake2b(instruction.encode(), digest_size=1).digest()[0] % len(POLITE)]
-    return marker(index) if base is None else f"{marker(index)} from {marker(base)}"
+    start = [] if base is None else [marker(base)]
+    if before:
+        parts = ["before", before, *start, *(["then", edit] if edit else [])]
+    else:
+        parts = [*([edit] if edit else []), *start]
+    parts += ["to", marker(index)] if parts else [marker(index)]
+    return " ".join(parts)
 
 
 def base_of_response(text: str, index: int) -> int | None:
     """The round that a grounded response of round `index` says it starts from; None if it names no earlier one."""
-    found = re.search(r"from #(\d+)", text)
+    found = re.search(r"#(\d+) (?:then .+ )?to #", text)
     base = int(found.group(1)) - 1 if found else -1
     return base if 0 <= base < index else None
 
@@ -205,9 +214,14 @@ def vocabulary(attributes: Iterable[Attribute]) -> tuple[str, ...]:
     """Every word that the grammar can produce for these attributes, sorted."""
     groups: list[Iterable[str]] = [
         OPENERS, CLOSERS, UPLOADS, DESCRIBE, UNDO_ONE, UNDO_MANY, ORDINAL, CONTENT_NOUN, CONTENT_LOOK, CONTENT_QUOTE,
-        START, THEN, POLITE, NUMBERS, ORDINALS, ("from and",),
+        START, THEN, POLITE, NUMBERS, ORDINALS, ("and before then to",),
     ]  # fmt: skip
     for attribute in attributes:
-        groups += [attribute.nouns, *attribute.commands.values(), *attribute.looks.values()]
+        groups += [
+            (attribute.name, *attribute.values),
+            attribute.nouns,
+            *attribute.commands.values(),
+            *attribute.looks.values(),
+        ]
     words = {word for group in groups for text in group for word in text.split()}
     return tuple(sorted(word for word in words if not word.startswith("{")))

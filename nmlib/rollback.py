@@ -99,13 +99,27 @@ class ConversationBuilder:
         self.editor, self.settings, self.split = editor, settings, split
 
     def extend(self, conversation: Conversation, rng: random.Random) -> Conversation:
-        """Add one round: a rollback with probability `rollback_share`, else an edit of the last picture."""
+        """Add one round: a rollback with probability `rollback_share`, else an edit of the last picture.
+
+        The kind of reference is drawn before the base: drawn the other way round, references by content, which few
+        pictures allow, would be too rare to be learned.
+        """
         last = len(conversation) - 1
-        deepest = min(self.settings.named_depth or self.settings.max_depth, last)
-        if deepest >= 1 and rng.random() < self.settings.rollback_share:
-            depth = rng.randint(1, deepest)
-            return self.roll_back(conversation, depth, rng, branch=rng.random() < 0.5)
+        if last >= 1 and rng.random() < self.settings.rollback_share:
+            kinds = self._depths_by_reference(conversation, rng)
+            weights = [self.settings.content_weight if kind == "content" else 1 for kind in sorted(kinds)]
+            kind = rng.choices(sorted(kinds), weights)[0]
+            return self.roll_back(conversation, rng.choice(kinds[kind]), rng, branch=rng.random() < 0.5, reference=kind)
         return self.edit(conversation, last, rng)
+
+    def _depths_by_reference(self, conversation: Conversation, rng: random.Random) -> dict[Reference, list[int]]:
+        """Depths within the settings' bounds that each kind of reference can name."""
+        found: dict[Reference, list[int]] = {}
+        last = len(conversation) - 1
+        for depth in range(1, min(self.settings.named_depth or self.settings.max_depth, last) + 1):
+            for kind in self.references(conversation, last - depth, rng):
+                found.setdefault(kind, []).append(depth)
+        return found
 
     def edit(self, conversation: Conversation, base: int, rng: random.Random) -> Conversation:
         """Add a new edit of the last picture."""

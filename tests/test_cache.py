@@ -43,14 +43,14 @@ class Told:
             item = make_round(kind, text, rng.randrange(index) if index else None)
             other.conversations.append(Conversation(conversation.id, "toy", (*conversation.rounds, item)))
         other.features[:, index] = random_features(len(self.conversations), 1, rng.randrange(999))[:, 0]
-        logits = other.cache.read_text([TEMPLATE.prompt(c, index) for c in other.conversations])
-        other.cache.read_text([TEMPLATE.reply(c, index) for c in other.conversations])
+        logits = other.cache.read_text([TEMPLATE.prompt(c, index) for c in other.conversations], index)
+        other.cache.read_text([TEMPLATE.reply(c, index) for c in other.conversations], index)
         images, expected = other.recomputed(index)
         bases = [c.rounds[index].base for c in other.conversations]
         torch.testing.assert_close(other.cache.query(bases), images, **CLOSE)
         torch.testing.assert_close(logits, expected, **CLOSE)
         other.cache.read_images(other.features[:, index], index)
-        other.cache.read_text([TEMPLATE.closing(c, index) for c in other.conversations])
+        other.cache.read_text([TEMPLATE.closing(c, index) for c in other.conversations], index)
         return other
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ def test_an_empty_history_can_be_asked() -> None:
 @torch.no_grad()
 def test_one_pass_over_the_query_tokens_equals_one_by_one() -> None:
     cache = told().cache
-    cache.read_text([TEMPLATE.encode(f"[INST] make the square red [/INST] #3 from #2 {BOI}")] * 2)
+    cache.read_text([TEMPLATE.encode(f"[INST] make the square red [/INST] red colour #2 to #3 {BOI}")] * 2, 2)
     expected, stepwise = cache.query(), cache.fork()
     hidden = []
     for word in TEMPLATE.image_ids:
@@ -126,8 +126,8 @@ def test_a_fork_shares_every_tensor_and_grows_on_its_own() -> None:
     assert storage(fork) == storage(origin) == storage(sibling)
     assert fork.visible.data_ptr() == origin.visible.data_ptr()
     before, length = origin.query(), origin.states.get_seq_length()
-    fork.read_text([TEMPLATE.encode("make the square red")] * 2)
-    sibling.read_text([TEMPLATE.encode("undo that")] * 2)
+    fork.read_text([TEMPLATE.encode("make the square red")] * 2, 2)
+    sibling.read_text([TEMPLATE.encode("undo that")] * 2, 2)
     assert origin.states.get_seq_length() == length
     assert fork.states.get_seq_length() == length + 4 and sibling.states.get_seq_length() == length + 2
     assert torch.equal(origin.query(), before)
@@ -137,19 +137,19 @@ def test_a_fork_shares_every_tensor_and_grows_on_its_own() -> None:
 def test_texts_of_unequal_length_do_not_disturb_each_other() -> None:
     texts = [TEMPLATE.encode("<s> [INST] make the square red [/INST]"), TEMPLATE.encode("<s> [INST] undo [/INST]")]
     together = PrefixCache(MODEL, TEMPLATE.image_ids, 2)
-    logits = together.read_text(texts)
+    logits = together.read_text(texts, 0)
     for row, text in enumerate(texts):
         alone = PrefixCache(MODEL, TEMPLATE.image_ids)
-        torch.testing.assert_close(alone.read_text([text])[0], logits[row], **CLOSE)
+        torch.testing.assert_close(alone.read_text([text], 0)[0], logits[row], **CLOSE)
         torch.testing.assert_close(alone.query()[0], together.query()[row], **CLOSE)
     assert together.position.tolist() == [len(text) for text in texts]
 
 
 def test_a_row_without_words_stays_where_it_is() -> None:
     both = PrefixCache(MODEL, TEMPLATE.image_ids, 2)
-    both.read_text([TEMPLATE.encode("<s> [INST] undo [/INST]")] * 2)
+    both.read_text([TEMPLATE.encode("<s> [INST] undo [/INST]")] * 2, 0)
     before = both.query()
-    both.read_text([[], TEMPLATE.encode("#2 from #1")])
+    both.read_text([[], TEMPLATE.encode("#1 to #2")], 0)
     torch.testing.assert_close(both.query()[0], before[0], **CLOSE)
     assert not torch.allclose(both.query()[1], before[1], **CLOSE)
 
@@ -165,10 +165,10 @@ def test_history_carries_the_marker_of_its_round() -> None:
 def test_the_cache_works_with_lora_attached() -> None:
     model, template = make_model(1)
     plain = PrefixCache(model, template.image_ids)
-    plain.read_text([template.encode("<s> [INST] undo [/INST]")])
+    plain.read_text([template.encode("<s> [INST] undo [/INST]")], 0)
     model.add_lora()
     cache = PrefixCache(model, template.image_ids)
-    cache.read_text([template.encode("<s> [INST] undo [/INST]")])
+    cache.read_text([template.encode("<s> [INST] undo [/INST]")], 0)
     torch.testing.assert_close(cache.query(), plain.query(), **CLOSE)
 
 

@@ -48,7 +48,8 @@ class Script:
         self.read: list[list[int]] = [[] for _ in range(self.batch)]
         self.step = 0
 
-    def read_text(self, ids: Sequence[Sequence[int]]) -> Tensor:
+    def read_text(self, ids: Sequence[Sequence[int]], index: int) -> Tensor:
+        assert index == 1
         assert max(len(row) for row in ids) > 0, "nothing is read"
         for read, row in zip(self.read, ids, strict=True):
             read += row
@@ -63,7 +64,7 @@ def test_a_reply_has_no_banned_word_and_ends_in_an_image(seed: int, eager: float
     logits[:, :, BANNED] += 5.0  # what is banned is what the model would like to say
     logits[:, :, TEMPLATE.boi] += eager
     script = Script(logits)
-    replies = greedy_reply(script, logits[0], TEMPLATE)  # type: ignore[arg-type]
+    replies = greedy_reply(script, logits[0], TEMPLATE, 1)  # type: ignore[arg-type]
     for read, reply in zip(script.read, replies, strict=True):
         assert read == [*TEMPLATE.encode(reply), TEMPLATE.boi]
         assert len(read) <= MAX_REPLY + 1 and read.count(TEMPLATE.boi) == 1
@@ -72,23 +73,23 @@ def test_a_reply_has_no_banned_word_and_ends_in_an_image(seed: int, eager: float
 
 def test_rows_that_are_done_wait_for_the_others() -> None:
     """Row 0 opens its image at once, row 1 says three words first; both say what they would say alone."""
-    said = [["<img>"], ["#2", "from", "#1", "<img>"]]
+    said = [["<img>"], ["#1", "to", "#2", "<img>"]]
     logits = torch.zeros(6, 2, WORDS)
     for row, words in enumerate(said):
         for step in range(6):
             logits[step, row, TEMPLATE.word_id(words[min(step, len(words) - 1)])] = 9.0
     logits[1:, 0, TEMPLATE.word_id("red")] = 99.0  # what comes after its image must not matter
     script = Script(logits)
-    assert greedy_reply(script, logits[0], TEMPLATE) == ["", "#2 from #1"]  # type: ignore[arg-type]
+    assert greedy_reply(script, logits[0], TEMPLATE, 1) == ["", "#1 to #2"]  # type: ignore[arg-type]
     assert script.read[0] == [TEMPLATE.boi]
 
 
 def test_the_history_holds_the_reply_that_was_said() -> None:
     prompt = TEMPLATE.encode("<s> [INST] make the square red [/INST]")
     spoken = PrefixCache(MODEL, TEMPLATE.image_ids)
-    reply = greedy_reply(spoken, spoken.read_text([prompt]), TEMPLATE)[0]
+    reply = greedy_reply(spoken, spoken.read_text([prompt], 1), TEMPLATE, 1)[0]
     read = PrefixCache(MODEL, TEMPLATE.image_ids)
-    read.read_text([[*prompt, *TEMPLATE.encode(f"{reply} {BOI}")]])
+    read.read_text([[*prompt, *TEMPLATE.encode(f"{reply} {BOI}")]], 1)
     torch.testing.assert_close(spoken.query(), read.query(), **CLOSE)
 
 
@@ -106,9 +107,9 @@ def test_recomputing_changes_nothing(uploads: bool) -> None:
 
 
 def test_recomputing_changes_nothing_where_a_reply_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    def terse(cache: PrefixCache, logits: Tensor, template: Template) -> list[str]:
-        replies = ["", *["#2 from #1"] * (cache.batch - 1)]
-        cache.read_text([template.encode(f"{reply} {BOI}") for reply in replies])
+    def terse(cache: PrefixCache, logits: Tensor, template: Template, index: int) -> list[str]:
+        replies = ["", *["#1 to #2"] * (cache.batch - 1)]
+        cache.read_text([template.encode(f"{reply} {BOI}") for reply in replies], index)
         return replies
 
     monkeypatch.setattr(chat, "greedy_reply", terse)
@@ -255,19 +256,19 @@ def test_a_stored_session_goes_on_as_if_it_had_never_ended(tmp_path: Path) -> No
 
 def test_the_base_is_the_node_that_the_model_names(monkeypatch: pytest.MonkeyPatch) -> None:
     def says(reply: str) -> None:
-        def scripted(cache: PrefixCache, logits: Tensor, template: Template) -> list[str]:
-            cache.read_text([template.encode(f"{reply} {BOI}")])
+        def scripted(cache: PrefixCache, logits: Tensor, template: Template, index: int) -> list[str]:
+            cache.read_text([template.encode(f"{reply} {BOI}")], index)
             return [reply]
 
         monkeypatch.setattr(chat, "greedy_reply", scripted)
 
     talk = session("make the square red", "paint the ground dark")
     talk.go_to(0)
-    says("#2 from #1")
+    says("#1 to #2")
     assert talk.say("make the edge white").base == 0
-    says("#3 from #2")  # picture 2 of this branch is node 3
+    says("red square #2 to #3")  # picture 2 of this branch is node 3
     assert talk.say("make the edge none").base == 3
-    says("#4 from #9")
+    says("#9 to #4")
     assert talk.say("make the edge none").base is None
 
 

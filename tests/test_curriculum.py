@@ -11,7 +11,8 @@ from toy import FEATURES, SETTINGS, SOURCE, TOKENS, Trained, features_of, open_r
 
 from nmlib import checkpoint, curriculum, data
 from nmlib.checkpoint import CheckpointError
-from nmlib.config import StageConfig
+from nmlib.config import DataConfig, StageConfig
+from nmlib.conversation import Conversation
 from nmlib.data import ConversationFeatures
 from nmlib.runtime import Run
 
@@ -111,14 +112,30 @@ def test_the_ramp_decides_how_much_of_the_history_is_predicted(
     shares = []
     real = curriculum.HistoryMLLM.forward
 
-    def noted(self: Any, layout: Any, features: Tensor, replaced: Tensor | None, history_noise: float) -> Any:
+    def noted(self: Any, layout: Any, features: Tensor, replaced: Tensor | None, **more: Any) -> Any:
         shares.append(0.0 if replaced is None else float(replaced.float().mean()))
-        assert history_noise == 0.0
-        return real(self, layout, features, replaced, history_noise)
+        assert more["history_noise"] == 0.0
+        return real(self, layout, features, replaced, **more)
 
     monkeypatch.setattr(curriculum.HistoryMLLM, "forward", noted)
     curriculum.train_stage(started, "rollback", SOURCE, trained.features["rollback"])
     assert shares[:3] == [0.0] * 3 and min(shares[6:]) > 0.4 and len(shares) == 8
+
+
+def test_words_come_from_fresh_conversations_by_content_first() -> None:
+    """Every step has its own conversations of one length; at first nearly every reference that can be is by content."""
+    stage = StageConfig.model_validate(SETTINGS["stages"][1] | {"word_rounds": 400, "content_first": 0.5})
+    told = DataConfig(conversations=1, rounds=(5, 7), max_depth=2)
+    early, late = (curriculum.word_batch(SOURCE, told, stage, step, seed=3) for step in (0, stage.optim.steps - 1))
+    assert early == curriculum.word_batch(SOURCE, told, stage, 0, seed=3) != late
+    for batch in (early, late):
+        assert len({len(c) for c in batch}) == 1 and len(batch) == 400 // len(batch[0])
+
+    def share(batch: list[Conversation]) -> float:
+        kinds = [item.reference for c in batch for item in c.rounds if item.kind == "rollback"]
+        return kinds.count("content") / len(kinds)
+
+    assert share(early) > share(late) + 0.05
 
 
 def test_overrides_of_a_stage_take_effect(trained: Trained) -> None:
@@ -201,6 +218,7 @@ def interrupted(features: ConversationFeatures, last: int) -> ConversationFeatur
 @pytest.mark.parametrize("stage", ["base", "rollback"])
 def test_an_interrupted_stage_gives_the_same_file(trained: Trained, started: Run, stage: str) -> None:
     features = trained.features[started.params.stage(stage).data]
+    model_path(started, stage).unlink(missing_ok=True)
     with pytest.raises(Killed):
         curriculum.train_stage(started, stage, SOURCE, interrupted(features, 7))
     progress = started.path("training", "models", stage, "progress.safetensors")
@@ -209,6 +227,32 @@ def test_an_interrupted_stage_gives_the_same_file(trained: Trained, started: Run
     ours, theirs = tensors(started, stage), tensors(trained.run, stage)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not progress.exists()
+
+
+def test_what_is_trained_is_not_trained_again(
+    trained: Trained, started: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result stands until its settings, those of the stage it starts from, or the code of training change."""
+    features = trained.features["base"]
+    history = curriculum.load_history(model_path(started, "base"))
+    doomed = interrupted(features, 0)
+    assert curriculum.train_stage(started, "base", SOURCE, doomed) == history
+    later = open_run(tmp_path, experiments=SETTINGS["experiments"] | {"conversations": 99})
+    assert curriculum.train_stage(later, "base", SOURCE, doomed) == history
+    other = open_run(tmp_path, stages=[SETTINGS["stages"][0] | {"history_noise": 0.2}])
+    with pytest.raises(Killed):
+        curriculum.train_stage(other, "base", SOURCE, doomed)
+    with monkeypatch.context() as patched:
+        patched.setattr(curriculum.runtime, "library_digest", lambda *modules: f"{modules} changed")
+        with pytest.raises(Killed):
+            curriculum.train_stage(started, "base", SOURCE, doomed)
+    rollback = trained.features["rollback"]
+    curriculum.train_stage(started, "rollback", SOURCE, rollback)
+    curriculum.train_stage(started, "rollback", SOURCE, interrupted(rollback, 0))
+    noisy = SETTINGS["stages"][0] | {"history_noise": 0.2}
+    upstream = open_run(tmp_path, stages=[noisy, *SETTINGS["stages"][1:]])
+    with pytest.raises(Killed):
+        curriculum.train_stage(upstream, "rollback", SOURCE, interrupted(rollback, 0))
 
 
 def test_an_interrupted_stage_is_not_mixed_with_other_settings(trained: Trained, started: Run, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_model_that_knows_everything_scores_one(run: Run, monkeypatch: pytest.
         model: Any, template: Any, told: list[Conversation], features: torch.Tensor, *args: Any, **more: Any
     ) -> Any:
         replies = [
-            [f"#{index + 1} from #{(c.rounds[index].base or 0) + 1}" for c in told] for index in range(len(told[0]))
+            [f"#{(c.rounds[index].base or 0) + 1} to #{index + 1}" for c in told] for index in range(len(told[0]))
         ]
         return chat.Rollout(features, replies)
 
@@ -175,12 +175,6 @@ def test_repeats_over_seeds_are_counted(run: Run) -> None:
     assert record.seeds == 2 and record.n == 5 * 2
     with pytest.raises(CheckpointError, match=r"base-seed2\.safetensors: no such checkpoint"):
         experiments.edit_table(run, SOURCE, ["base"], seeds=3)
-
-
-def test_one_number_becomes_a_record(run: Run) -> None:
-    experiments.record_curve(run, "speed.undo_over_round", 0.25, n=4, unit="ratio", minutes=0.1)
-    record = read_records(run)["speed.undo_over_round"]
-    assert (record.value, record.n, record.unit) == (0.25, 4, "ratio")
 
 
 def test_a_stopwatch_counts_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,10 +40,10 @@ def test_upload_and_edit_by_hand() -> None:
     batch = GROUNDED.packed([two_rounds()])
     assert words(batch, 0) == (
         f"<s> [INST] #1 <img> {IMAGE} </img> here is a picture [/INST] "
-        f"[INST] make the square red [/INST] #2 from #1 <img> {IMAGE}"
+        f"[INST] make the square red [/INST] #1 to #2 <img> {IMAGE}"
     )
     # the reply is learned word by word, up to the word that opens the image; nothing else is
-    assert supervised(batch, 0) == [("[/INST]", "#2"), ("#2", "from"), ("from", "#1"), ("#1", "<img>")]
+    assert supervised(batch, 0) == [("[/INST]", "#1"), ("#1", "to"), ("to", "#2"), ("#2", "<img>")]
     assert (batch.labels[0] != IGNORE).nonzero().flatten().tolist() == [19, 20, 21, 22]
     assert batch.queries.tolist() == [[0, 1]] and batch.history.tolist() == [[0, 0]]
     # history block of round 0 at 4 to 7, query block of round 1 at the end
@@ -57,10 +57,10 @@ def test_description_by_hand() -> None:
     batch = GROUNDED.packed([told])
     assert words(batch, 0) == (
         f"<s> [INST] a picture with red square [/INST] #1 <img> {IMAGE} {IMAGE} </img> "
-        f"[INST] make the square red [/INST] #2 from #1 <img> {IMAGE}"
+        f"[INST] make the square red [/INST] #1 to #2 <img> {IMAGE}"
     )
     expected = [("[/INST]", "#1"), ("#1", "<img>")]
-    assert supervised(batch, 0) == [*expected, ("[/INST]", "#2"), ("#2", "from"), ("from", "#1"), ("#1", "<img>")]
+    assert supervised(batch, 0) == [*expected, ("[/INST]", "#1"), ("#1", "to"), ("to", "#2"), ("#2", "<img>")]
     assert batch.queries.tolist() == [[0, 0], [0, 1]] and batch.history.tolist() == [[0, 0]]
 
 
@@ -87,6 +87,29 @@ def test_a_literal_image_word_in_an_instruction_is_no_history_slot() -> None:
     sly = Conversation("sly", "toy", (two_rounds().rounds[0], make_round("edit", "paint <img_00000> red", 0)))
     batch = GROUNDED.packed([sly])
     assert int(batch.history_slots.sum()) == TOKENS * len(batch.history)
+
+
+def test_replies_say_what_was_asked_in_the_shortest_words() -> None:
+    edits = [("hue", "red"), ("edge", "none"), ("hue", "blue"), ("edge", "black")]
+    told = [make_round("upload", "")] + [make_round("edit", "", i, edit) for i, edit in enumerate(edits)]
+    asked = [
+        make_round("rollback", "", 1, ("hue", "red"), reference="content"),
+        make_round("rollback", "", 2, reference="count"),
+    ]
+    conversation = Conversation("told", "toy", (*told, *asked))
+    assert conversation.named_edit(5) == "none edge" and conversation.named_edit(6) == conversation.named_edit(3) == ""
+    once = Conversation("told", "toy", (*told[:3], make_round("rollback", "", 0, reference="content")))
+    assert once.named_edit(3) == "hue"
+
+
+def test_without_pictures_words_keep_their_places() -> None:
+    told = [two_rounds()]
+    full, spoken = GROUNDED.packed(told), GROUNDED.packed(told, pictures=False)
+    is_word = ~full.query_slots[0] & ~full.history_slots[0]
+    for name in ("input_ids", "position_ids", "rounds", "labels"):
+        assert getattr(spoken, name)[0].tolist() == getattr(full, name)[0][is_word].tolist(), name
+    assert spoken.rounds[0].tolist() == [0] * 10 + [1] * 10
+    assert len(spoken.queries) == len(spoken.history) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -165,7 +165,10 @@ def test_history_slots_hold_the_image_of_their_round(case: Case) -> None:
         for block, owner, index in zip(found, owners, rounds, strict=True):
             torch.testing.assert_close(block, model.embed_images(features[owner, index][None], index[None])[0])
         words, text = model.base_llm.get_input_embeddings(), ~(batch.history_slots | batch.query_slots)
-        assert torch.equal(embeds[text], words(batch.input_ids)[text])
+        expected = words(batch.input_ids)
+        if len(model.marker_ids):
+            expected = expected + words(model.marker_ids[batch.rounds])
+        assert torch.equal(embeds[text], expected[text])
 
 
 @torch.no_grad()

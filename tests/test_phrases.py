@@ -35,8 +35,11 @@ def sentences(attributes: tuple[Attribute, ...], rng: random.Random, split: str)
     commands: list[Callable[[], str] | None] = [None, lambda: phrases.edit_clause(rng, attribute, value)]
     rolled = [phrases.rollback_sentence(rng, make, rng.choice(commands), split) for make in references[:-1]]
     states = [rng.randrange(len(a.values)) for a in attributes]
+    what = f"{value} {attribute.name}"
+    said = [("", ""), (what, ""), ("", attribute.name), (what, what)]
     replies = [
-        phrases.response(style, index, rng.choice([None, depth]), str(index)) for style in ("grounded", "polite")
+        phrases.response(style, index, rng.choice([None, depth]), str(index), *rng.choice(said))
+        for style in ("grounded", "polite")
     ]
     plain = [phrases.upload_sentence(rng), phrases.describe_sentence(rng, attributes, states), *replies]
     return [phrases.edit_sentence(rng, attribute, value, split), *rolled, *plain]
@@ -152,10 +155,22 @@ def test_ordinals_are_right_at_both_ends() -> None:
 @given(index=st.integers(1, 63), data=st.data())
 def test_a_grounded_reply_can_be_read_back(index: int, data: st.DataObject) -> None:
     base = data.draw(st.integers(0, index - 1))
-    text = phrases.response("grounded", index, base, "whatever")
+    edit, before = data.draw(st.sampled_from(["", "pink hair"])), data.draw(st.sampled_from(["", "hat", "cap hat"]))
+    text = phrases.response("grounded", index, base, "whatever", edit, before)
     assert phrases.base_of_response(text, index) == base
     assert phrases.base_of_response(phrases.response("grounded", index, None, "whatever"), index) is None
     assert phrases.base_of_response(phrases.response("polite", index, base, text), index) is None
+
+
+def test_grounded_replies_by_hand() -> None:
+    def reply(base: int | None, edit: str = "", before: str = "") -> str:
+        return phrases.response("grounded", 5, base, "", edit, before)
+
+    assert reply(None) == "#6"
+    assert reply(3) == "#4 to #6"
+    assert reply(4, "pink hair") == "pink hair #5 to #6"
+    assert reply(1, before="hat") == "before hat #2 to #6"
+    assert reply(1, "pink hair", "cap hat") == "before cap hat #2 then pink hair to #6"
 
 
 def test_polite_replies_are_a_function_of_the_instruction() -> None:

@@ -128,11 +128,13 @@ def test_tokens_are_told_apart() -> None:
     settings = DataConfig(conversations=1, rounds=(3,), rollback_share=0.0, describe_share=0.0)
     [talk] = build_conversations(source, settings, seed=0, split="train")
     tokenizer = build_tokenizer(source.attributes, 4, 8)
-    batch = Template(tokenizer, 4, "grounded").packed([talk])
+    template = Template(tokenizer, 4, "grounded")
+    batch = template.packed([talk])
     words = tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
     kinds = diagrams.token_kinds(words, batch.query_slots[0].tolist())
     assert (kinds.count("query"), kinds.count("history")) == (8, 8)
-    assert [word for word, kind in zip(words, kinds, strict=True) if kind == "reply"] == "#2 from #1 #3 from #2".split()
+    said = [template.tokenizer.decode(template.reply(talk, index)).removesuffix("<img>").split() for index in (1, 2)]
+    assert [word for word, kind in zip(words, kinds, strict=True) if kind == "reply"] == [*said[0], *said[1]]
     pieces = diagrams.pieces(words, kinds)
     assert [text for text, kind in pieces if kind == "query"] == ["4 query tokens"] * 2
     assert len(diagrams.token_strip(pieces).axes[0].texts) == len(pieces) + len(set(kinds))

@@ -137,7 +137,7 @@ def model_settings(**changes: Any) -> ModelConfig:
     return ModelConfig(**(sizes | {"resampler_heads": 2, "max_rounds": MAX_ROUNDS, "lora_rank": 3} | changes))
 
 
-def excite(module: nn.Module, scale: float = 8.0) -> None:
+def excite(module: nn.Module, scale: float = 5.0) -> None:
     """Enlarge the weights of a fresh language model, so that every token matters to those after it."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -145,7 +145,7 @@ def excite(module: nn.Module, scale: float = 8.0) -> None:
                 parameter.mul_(scale)
 
 
-def make_model(seed: int = 0, excitement: float = 8.0, **changes: Any) -> tuple[HistoryMLLM, Template]:
+def make_model(seed: int = 0, excitement: float = 5.0, **changes: Any) -> tuple[HistoryMLLM, Template]:
     """A model with lively random weights and its template, in evaluation mode."""
     torch.manual_seed(seed)
     settings = model_settings(**changes)
