@@ -18,8 +18,8 @@ from nmlib.pipeline import Project, run_notebooks
 from nmlib.runtime import Run, RunError
 
 HEADLINES = (
-    r"rollback\.(accuracy|retrieval)\.depth\d\.\w+|edit\..*|encoder\..*|detokenizer\..*|metric\..*|book\.(minutes|peak\w+)"
-    r"|drift\.(identity|psnr|accuracy)\.round(1|10)\.(tokens|reencode|oracle)"
+    r"rollback\.accuracy\.depth\d\.\w+|rollback\.retrieval\.depth[12]\.\w+|edit\..*|encoder\..*|detokenizer\.psnr"
+    r"|metric\..*|book\.(minutes|peak\w+)|drift\.(identity|psnr|accuracy)\.round10\.(tokens|reencode|oracle)"
 )
 app = typer.Typer(
     help="Multi-round conversational image generation that remembers the whole conversation.",
@@ -95,7 +95,9 @@ def show_params(
 def results(
     params: ParamsOption = "cpu",
     publish: Annotated[bool, typer.Option("--publish", help="Copy the run's records to book/results/.")] = False,
-    write_readme: Annotated[bool, typer.Option("--write-readme", help="Write the table into README.md.")] = False,
+    write_readme: Annotated[
+        bool, typer.Option("--write-readme", help="Write the tables of all published runs into README.md.")
+    ] = False,
 ) -> None:
     """Print the records of a run, or the published ones, and check that code and settings are still the same."""
     project = Project.find()
@@ -112,9 +114,11 @@ def results(
     if stale:
         raise RunError(f"{source}: {len(stale)} of {len(found)} records are not current; {stale[0]}")
     if write_readme:
-        found = records.read_records(published)
-        chosen = [record for id, record in found.items() if re.fullmatch(HEADLINES, id)]
-        records.write_table(project.root / "README.md", chosen)
+        tables = {
+            file.stem: [record for id, record in records.read_records(file).items() if re.fullmatch(HEADLINES, id)]
+            for file in sorted(published.parent.glob("*.json"))
+        }
+        records.write_tables(project.root / "README.md", tables)
 
 
 @app.command()

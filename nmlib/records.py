@@ -5,7 +5,7 @@ A record is a small JSON file in the run's folder. The records of a full run are
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import SupportsFloat
 
@@ -196,8 +196,10 @@ def table(records: Iterable[Record]) -> str:
         records: what to show, in this order.
     """
     rows = list(records)
-    head = ["| result | value | 95% interval | n | seeds | unit |", "|---|---|---|---|---|---|"]
-    body = [f"| `{r.id}` | {_show(r.value)} | {_interval(r)} | {r.n} | {r.seeds} | {r.unit} |" for r in rows]
+    head = ["| result | value | 95% interval | n | seeds | unit | minutes |", "|---|---|---|---|---|---|---|"]
+    body = [
+        f"| `{r.id}` | {_show(r.value)} | {_interval(r)} | {r.n} | {r.seeds} | {r.unit} | {_minutes(r)} |" for r in rows
+    ]
     machines = sorted({(r.command, r.machine) for r in rows})
     return "\n".join([*head, *body, "", *(f"`{command}` on {machine}  " for command, machine in machines)])
 
@@ -212,8 +214,12 @@ def _interval(record: Record) -> str:
     return f"{_show(record.low)} to {_show(record.high)}"
 
 
-def write_table(readme: str | Path, records: Iterable[Record]) -> None:
-    """Put the table of records between the results markers of a README.
+def _minutes(record: Record) -> str:
+    return "" if record.minutes is None else f"{record.minutes:.1f}"
+
+
+def write_tables(readme: str | Path, records: Mapping[str, Iterable[Record]]) -> None:
+    """Put tables of records, one for each params file, between the results markers of a README.
 
     Raises:
         RunError: the file lacks a marker.
@@ -224,5 +230,6 @@ def write_table(readme: str | Path, records: Iterable[Record]) -> None:
     _, end, after = rest.partition(END)
     if not start or not end:
         raise RunError(f"{path}: markers {START} and {END} not found; add both, the table goes between them")
+    tables = "\n\n".join(f"**`params/{name}.yaml`**\n\n{table(rows)}" for name, rows in records.items())
     with runtime.atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{START}\n\n{table(records)}\n\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{START}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
