@@ -229,7 +229,9 @@ def accuracy_by_depth(table: pd.DataFrame, column: str = "accuracy", trained_dep
     axes.plot(places, mean, color=INK, linestyle=dash, linewidth=1.4, label=words)
     if trained_depth is not None and trained_depth < places.max():
         axes.axvspan(trained_depth + 0.5, places.max() + 0.5, color=GRID, alpha=0.45, linewidth=0, zorder=0)
-        axes.text(places.max() + 0.45, 0.97, "never trained", ha="right", va="top", fontsize=8, color=MUTED)
+        axes.text(
+            places.max() + 0.45, 0.97, "deeper than counted in training", ha="right", va="top", fontsize=8, color=MUTED
+        )
     axes.set(xticks=places, xlim=(places.min() - 0.5, places.max() + 0.5), ylim=(-0.03, 1.03))
     axes.set_xlabel("rollback depth", fontsize=9)
     axes.set_ylabel({"accuracy": "full state right", "retrieval": "right base found"}[column], fontsize=9)

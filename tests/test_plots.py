@@ -92,7 +92,7 @@ def test_accuracy_by_depth_shows_the_means() -> None:
     assert np.allclose(lines[plots.FIXED["rollback"]], [0.9, 0.8, 0.7])
     assert np.allclose(lines[plots.FIXED["markov"]], [0.3, 0.2, 0.1])
     assert np.allclose(lines[plots.INK], 0.2)
-    assert "never trained" in [text.get_text() for text in figure.axes[0].texts]
+    assert "deeper than counted in training" in [text.get_text() for text in figure.axes[0].texts]
     assert len(plots.accuracy_by_depth(answers()).axes[0].texts) == 0
 
 
