@@ -343,3 +343,33 @@ def test_sizes_of_what_comes_out() -> None:
     output = model.predict(batch, random_features(1, len(batch.history))[0])
     assert output.images.shape == (3 + 4, TOKENS, FEATURES)
     assert output.logits.shape == (int((batch.labels != IGNORE).sum()), len(template.tokenizer))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# words without pictures, and how a fresh model starts
+
+
+def test_words_without_pictures_are_learned_beside_them(case: Case) -> None:
+    """They add their own cross-entropy, with the weight of words, and nothing else."""
+    model, template, told, features = case
+    batch, spoken = template.packed(told), template.packed(told[::-1], pictures=False)
+    alone, both = model(batch, features), model(batch, features, words=spoken)
+    assert alone.words == 0 and torch.equal(both.text, alone.text) and torch.equal(both.image, alone.image)
+    assert torch.equal(both.words, model.text_loss(spoken)) and both.words > 0
+    weight = model.settings.text_loss_weight
+    torch.testing.assert_close(both.total - alone.total, weight * both.words, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(both.total - alone.total, model.base_llm.lm_head.weight)
+    assert gradient.abs().max() > 0
+
+
+def test_a_fresh_model_looks_for_tokens_like_itself() -> None:
+    """Queries and keys of a token are the same in every layer and head, before its position turns them."""
+    model, _ = make_model(0)
+    embeds = torch.nn.functional.normalize(torch.randn(7, model.settings.hidden_size), dim=1)
+    for layer in model.base_llm.model.layers:
+        query, key = (
+            map_(embeds).unflatten(1, (model.settings.heads, -1)).transpose(0, 1)  # (heads, 7, head width)
+            for map_ in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        )
+        torch.testing.assert_close(query, key)
+        assert (query @ key.mT).diagonal(dim1=1, dim2=2).min() > 0
