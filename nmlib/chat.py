@@ -144,7 +144,7 @@ def rollout(
 
 
 def _is_upload(conversations: Sequence[Conversation], index: int) -> bool:
-    kinds = {conversation.rounds[index].kind == "upload" for conversation in conversations}
+    kinds = {conversation.rounds[index].is_brought for conversation in conversations}
     if len(kinds) != 1:
         raise ConversationError(f"rollout: round {index} is an upload in some conversations and not in others")
     return kinds.pop()

@@ -10,9 +10,10 @@ from torch import Generator, Tensor
 
 from nmlib import checkpoint
 from nmlib.config import SourceConfig
-from nmlib.conversation import Conversation, load_conversations
+from nmlib.conversation import Conversation
 from nmlib.photos import PhotoSource
 from nmlib.sources import Source, attribute_sizes
+from nmlib.storage import load_conversations
 from nmlib.world import WorldSource
 
 SOURCES: dict[str, Callable[[int], Source]] = {"world": WorldSource, "photos": PhotoSource}

@@ -174,10 +174,10 @@ class Template:
         return self.word_id(phrases.marker(index))
 
     def prompt(self, conversation: Conversation, index: int) -> list[int]:
-        """Ids that open a round: for an upload up to its `<img>`, else the instruction up to `[/INST]`."""
+        """Ids that open a round: for a picture that is brought up to its `<img>`, else the instruction up to `[/INST]`."""
         opening = BOS + " " if index == 0 else ""
         item = conversation.rounds[index]
-        if item.kind == "upload":
+        if item.is_brought:
             number = phrases.marker(index) + " " if self.response == "grounded" else ""
             return self.encode(f"{opening}{INST} {number}{BOI}")
         return self.encode(f"{opening}{INST} {item.instruction} {END_INST}")
@@ -192,7 +192,7 @@ class Template:
     def closing(self, conversation: Conversation, index: int) -> list[int]:
         """Ids after a round's history block."""
         item = conversation.rounds[index]
-        tail = f" {item.instruction} {END_INST}" if item.kind == "upload" else ""
+        tail = f" {item.instruction} {END_INST}" if item.is_brought else ""
         return self.encode(f"{EOI}{tail}")
 
     def _add_round(
@@ -200,7 +200,7 @@ class Template:
     ) -> None:
         row.round = index
         row.add(self.prompt(conversation, index))
-        if conversation.rounds[index].kind != "upload":
+        if not conversation.rounds[index].is_brought:
             reply = self.reply(conversation, index)
             if query:
                 row.labels[-1] = reply[0]
@@ -250,7 +250,7 @@ class Template:
         for owner, conversation in enumerate(conversations):
             wanted = range(len(conversation)) if rounds is None else [rounds[owner]]
             for index in wanted:
-                if conversation.rounds[index].kind != "upload":
+                if not conversation.rounds[index].is_brought:
                     rows.append(self.prefix_row(conversation, index))
                     owners.append(owner)
         return self._collate(rows, owners)

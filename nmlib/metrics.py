@@ -114,7 +114,7 @@ def read_attributes(
 
 
 def _truth(conversation: Conversation, index: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    values, subject = conversation.rounds[index].values, conversation.subject
+    values, subject = conversation.rounds[index].values, conversation.rounds[index].subject
     if values is None or subject is None:
         raise ValueError(f"conversation {conversation.id!r}, round {index}: no exact state; exact measures need one")
     return values, subject

@@ -209,19 +209,19 @@ class ConversationBuilder:
                 continue
             changes = [other.edit for _, other in edits if other.edit is not None]
             attribute, value = self.attributes[item.edit.attribute], item.edit.value
-            if sum(edit.attribute == attribute.name for edit in changes) == 1:
+            recalled = any(attribute.name in other.named for other in conversation.rounds)
+            if sum(edit.attribute == attribute.name for edit in changes) == 1 and not recalled:
                 makers.append(lambda a=attribute, v=value: phrases.content_clause(rng, a, v, True))  # type: ignore[misc]
             if changes.count(item.edit) == 1 and not self._starts_with(conversation, item.edit):
                 makers.append(lambda a=attribute, v=value: phrases.content_clause(rng, a, v, False))  # type: ignore[misc]
         return makers
 
     def _starts_with(self, conversation: Conversation, edit: Edit) -> bool:
-        """Whether the first picture already has the look of an edit, so that "before the hat" would mislead."""
-        values = conversation.rounds[0].values
-        if values is None:
-            return False
+        """Whether a picture that no edit made has the look of an edit, so that "before the hat" would mislead."""
         place = list(self.attributes).index(edit.attribute)
-        return self.attributes[edit.attribute].values[values[place]] == edit.value
+        value = self.attributes[edit.attribute].values.index(edit.value)
+        unedited = [item.values for item in conversation.rounds if item.kind not in ("edit", "rollback")]
+        return any(values is not None and values[place] == value for values in unedited)
 
     def _append(self, conversation: Conversation, item: Round, clause: str) -> Conversation:
         assert item.base is not None
@@ -232,7 +232,8 @@ class ConversationBuilder:
             values, image = self.editor.apply(conversation, item.base, item.edit, clause)
         if images is not None:  # a picture that is to be drawn later leaves none: `with_images` draws them all
             images = None if image is None else torch.cat([images, image[None]])  # (R + 1, 3, H, W)
-        return replace(conversation, rounds=(*conversation.rounds, replace(item, values=values)), images=images)
+        made = replace(item, values=values, subject=conversation.rounds[item.base].subject)
+        return replace(conversation, rounds=(*conversation.rounds, made), images=images)
 
 
 def from_chain(chain: Conversation, builder: ConversationBuilder, rng: random.Random, rounds: int) -> Conversation:
@@ -279,7 +280,7 @@ def open_conversation(
         first = Round(phrases.describe_sentence(rng, source.attributes, values), "describe", values=values)
     else:
         first = Round(phrases.upload_sentence(rng), "upload", values=values)
-    return Conversation(id_, source.name, (first,), tuple(subject.tolist()))
+    return Conversation(id_, source.name, (replace(first, subject=tuple(subject.tolist())),))
 
 
 def build_conversations(
@@ -317,13 +318,13 @@ def with_images(source: Source, conversations: Sequence[Conversation], chunk: in
 
     Args:
         source: draws them.
-        conversations: with `subject` and `values`.
+        conversations: whose rounds have `subject` and `values`.
         chunk: pictures drawn at a time.
     """
     keys = [
-        (conversation.subject, _known_values(conversation, index))
+        (item.subject, _known_values(conversation, index))
         for conversation in conversations
-        for index in range(len(conversation))
+        for index, item in enumerate(conversation.rounds)
     ]
     distinct = list(dict.fromkeys(keys))
     parts = []
@@ -335,6 +336,6 @@ def with_images(source: Source, conversations: Sequence[Conversation], chunk: in
     pictures, place = torch.cat(parts), {key: index for index, key in enumerate(distinct)}
     result = []
     for conversation in conversations:
-        rows = [place[(conversation.subject, item.values)] for item in conversation.rounds]  # type: ignore[index]
+        rows = [place[(item.subject, item.values)] for item in conversation.rounds]  # type: ignore[index]
         result.append(replace(conversation, images=pictures[rows]))
     return result

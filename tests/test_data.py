@@ -10,10 +10,10 @@ from toy import FEATURES, SOURCE, TOKENS, conversations, draw, random_tree
 
 from nmlib import config, data
 from nmlib.config import SourceConfig
-from nmlib.conversation import save_conversations
 from nmlib.data import ConversationFeatures
 from nmlib.photos import PhotoSource
 from nmlib.sources import attribute_index, attribute_sizes
+from nmlib.storage import save_conversations
 from nmlib.world import WorldSource
 
 

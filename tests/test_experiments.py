@@ -49,13 +49,13 @@ def test_probes_end_in_a_rollback_of_exactly_this_depth(depth: int) -> None:
         assert (last.kind == "rollback") == (depth > 0)
         assert (last.edit is not None) == (depth == 0 or number % 2 == 1), "half of the rollbacks make a new edit"
         assert all(phrases.is_heldout(item.instruction) for item in probe.rounds[1:])
-        assert probe.subject is not None and is_heldout(torch.tensor([probe.subject])).all()
+        assert is_heldout(torch.tensor([item.subject for item in probe.rounds])).all()
 
 
 def test_probes_repeat_and_differ_by_depth_and_seed() -> None:
     first = probe_conversations(SOURCE, 4, 5, 2)
     assert first == probe_conversations(SOURCE, 4, 5, 2)
-    assert first[0].subject != probe_conversations(SOURCE, 4, 5, 1)[0].subject
+    assert first[0].rounds[0].subject != probe_conversations(SOURCE, 4, 5, 1)[0].rounds[0].subject
     assert first != probe_conversations(SOURCE, 4, 5, 2, seed=1)
     heard = probe_conversations(SOURCE, 4, 5, 2, phrasing="train")
     assert not any(phrases.is_heldout(item.instruction) for probe in heard for item in probe.rounds[1:])

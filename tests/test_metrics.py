@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toy import SOURCE, ToySource, conversations, make_round, raised
+from toy import about, SOURCE, ToySource, conversations, make_round, raised
 
 from nmlib import metrics
 from nmlib.conversation import Conversation, Edit
@@ -77,7 +77,7 @@ def encode(images: Tensor) -> Tensor:
 
 def exact(conversation: Conversation, values: State) -> Tensor:
     """Features of a state of a conversation's subject."""
-    return encode(SOURCE.render(torch.tensor([conversation.subject]), torch.tensor([values])))
+    return encode(SOURCE.render(torch.tensor([conversation.rounds[0].subject]), torch.tensor([values])))
 
 
 def test_exact_pictures_are_read_exactly() -> None:
@@ -122,13 +122,14 @@ def test_bases_that_give_the_same_result_are_one() -> None:
         make_round("edit", "make the square blue", 0, ("square", "blue"), (2, 0, 0)),
         make_round("rollback", "undo that and make the square green", 0, ("square", "green"), (1, 0, 0), "count"),
     )
-    told = [Conversation("same", "toy", rounds, (0.0, 0.0))]
+    told = [Conversation("same", "toy", about((0.0, 0.0), rounds))]
     assert metrics.retrieval_chance(SOURCE, told[0], 2) == 1.0
     assert metrics.base_retrieved(exact(told[0], (1, 0, 0)), told, 2, Candidates(SOURCE, encode)).all()
 
 
 def test_measures_need_exact_states() -> None:
-    told = [replace(conversations()[0], subject=None)]
+    first = conversations()[0]
+    told = [replace(first, rounds=tuple(replace(item, subject=None) for item in first.rounds))]
     text = raised(
         lambda: metrics.read_attributes(torch.zeros(1, 16, 48), told, 1, Candidates(SOURCE, encode)), ValueError
     )
@@ -201,7 +202,7 @@ def asked(*edits_: tuple[str, str] | None, base: int, reference: str = "count", 
             values[place] = TWO.attributes[place].values.index(edit[1])
         made = make_round("rollback" if last else "edit", "x", base if last else index, edit, tuple(values))
         rounds.append(replace(made, reference=reference) if last else made)  # type: ignore[arg-type]
-    return Conversation("asked", "two", tuple(rounds), (0.0, 0.0)).validate()
+    return Conversation("asked", "two", about((0.0, 0.0), rounds)).validate()
 
 
 GROUND, SQUARE = ("ground", "light"), ("square", "green")

@@ -5,7 +5,7 @@ Sizes are distinct wherever they are free, so that a swapped axis cannot pass.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,11 @@ def make_round(
     return Round(instruction, kind, base, None if edit is None else Edit(*edit), reference, values)
 
 
+def about(subject: tuple[float, ...], rounds: Sequence[Round]) -> tuple[Round, ...]:
+    """Rounds that all show one subject."""
+    return tuple(replace(item, subject=subject) for item in rounds)
+
+
 def conversations() -> list[Conversation]:
     """Two conversations of four rounds: unequal texts, an upload and a description, a branch and a pure rollback."""
     first = (
@@ -108,8 +113,8 @@ def conversations() -> list[Conversation]:
         make_round("rollback", "start over", 0, None, (2, 0, 0), "start"),
     )
     return [
-        Conversation("first", "toy", first, (0.25, -0.5)).validate(),
-        Conversation("second", "toy", second, (-0.75, 0.5)).validate(),
+        Conversation("first", "toy", about((0.25, -0.5), first)).validate(),
+        Conversation("second", "toy", about((-0.75, 0.5), second)).validate(),
     ]
 
 
