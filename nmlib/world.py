@@ -100,7 +100,8 @@ class WorldSource:
         """Draw exact pictures, the same for a batch as one by one.
 
         Args:
-            subjects: float tensor (B, S); numbers outside [-1, 1] are clamped.
+            subjects: float tensor (B, S); numbers outside [-1, 1] are clamped, framing outside [-2, 1]. Below -1 the
+                whole body comes into view.
             values: int64 tensor (B, A), one value index for each attribute.
 
         Returns:
@@ -110,6 +111,10 @@ class WorldSource:
             ValueError: a wrong shape, or a value index that its attribute does not have.
         """
         self._check(subjects, values)
+        return self._draw(subjects, values)
+
+    def _draw(self, subjects: Tensor, values: Tensor) -> Tensor:
+        """Draw states of the world's own attributes, a chunk at a time."""
         size = self.image_size
         pictures = torch.empty(len(subjects), 3, size, size, device=subjects.device)
         budget = CHUNK_PIXELS * (1 if subjects.device.type == "cpu" else 256)

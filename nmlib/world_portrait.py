@@ -7,7 +7,7 @@ as possible: most of the work is then one-dimensional.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ SUBJECT = IDENTITY + NUISANCE
 ZOOM, ZOOM_RANGE = 1.1, 1.28  # half frames per portrait unit at framing 0, and the factor from there to 1
 SHIFT = 0.07  # largest shift of the portrait, in half frames
 CENTRE, CENTRE_MOVE = 0.04, 0.08  # where y = 0 is, and how much it moves up at framing 1 to keep the shirt in view
+FAR = -2.0  # the lowest framing, at which the whole body is in view; from -1 down to it, the body is drawn
+FAR_MOVE = 0.5  # how much higher the head is there, in half frames
 EYE_Y = -0.03
 EDGE = 2.2  # width of an edge in pixels: soft enough for a small autoencoder, crisp in large pictures
 
@@ -56,6 +58,7 @@ class Look:
     top: Tensor
     chin: Tensor
     fall: Tensor  # how far down the hair reaches
+    far: Tensor  # 0 in portraits, 1 where the whole body is in view
 
     def pick(self, attribute: str, *options: float) -> Tensor:
         """A number that depends on the value of an attribute, (B,)."""
@@ -77,6 +80,7 @@ def _ramp(stops: tuple[tuple[float, float, float], ...], number: Tensor) -> Tens
 def _look(subjects: Tensor, values: Tensor) -> Look:
     """Turn a chunk of states into the numbers the painters need."""
     subject = dict(zip(SUBJECT, subjects.clamp(-1, 1).T, strict=True))
+    subject["framing"] = subjects[:, SUBJECT.index("framing")].clamp(FAR, 1)
     value = {attribute.name: column for attribute, column in zip(ATTRIBUTES, values.T, strict=True)}
     natural = _ramp(NATURAL_HAIR, subject["hair"])
     dyed = subjects.new_tensor((DYED_HAIR[0], *DYED_HAIR))[value["hair"]].T[:, None, None]
@@ -92,6 +96,7 @@ def _look(subjects: Tensor, values: Tensor) -> Look:
         top=0.44 + 0.03 * subject["face_height"],
         chin=0.47 + 0.065 * subject["face_height"],
         fall=0.46 + 0.36 * subject["hair_length"],
+        far=(-1 - subject["framing"]).clamp_min(0),
     )
 
 
@@ -130,23 +135,26 @@ class Canvas:
         pixels: (3, H, W, B), painted in place.
         x, y: portrait coordinates (1, W, B) and (H, 1, B); y grows downwards, the head is around 0.
         sharp: pixels per portrait unit (B,), how steep an edge is.
+        shows_bodies: whether some of the pictures may be framed below -1.
     """
 
     pixels: Tensor
     x: Tensor
     y: Tensor
     sharp: Tensor
+    shows_bodies: bool = False
 
     def window(self, left: float, right: float, top: float, bottom: float) -> "Canvas":
         """The part of a whole frame that can show a rectangle of the portrait, under any framing and shift."""
         size = self.pixels.shape[1]
+        farthest, move = (FAR, FAR_MOVE) if self.shows_bodies else (-1.0, 0.0)
 
         def span(low: float, high: float, margin: float) -> slice:
-            low = low * ZOOM * ZOOM_RANGE ** (1 if low < 0 else -1) - SHIFT - margin
-            high = high * ZOOM * ZOOM_RANGE ** (1 if high > 0 else -1) + SHIFT + margin
+            low = low * ZOOM * ZOOM_RANGE ** (1 if low < 0 else farthest) - SHIFT - margin
+            high = high * ZOOM * ZOOM_RANGE ** (1 if high > 0 else farthest) + SHIFT + margin
             return slice(max(0, int((low + 1) / 2 * size) - 1), min(size, int((high + 1) / 2 * size) + 2))
 
-        rows, columns = span(top, bottom, CENTRE + CENTRE_MOVE), span(left, right, 0.0)
+        rows, columns = span(top, bottom, CENTRE + CENTRE_MOVE + move), span(left, right, 0.0)
         return Canvas(self.pixels[:, rows, columns], self.x[:, columns], self.y[rows], self.sharp)
 
     def paint(self, distance: Tensor, colour: Tensor, opacity: Tensor | float = 1.0) -> None:
@@ -184,12 +192,34 @@ def _paint_body(canvas: Canvas, look: Look) -> None:
     low = canvas.window(-1.4, 1.4, 0.4, 1.4)
     base = chin + 0.12  # where the neck meets the shirt
     shade = 1.03 + 0.15 * look.subject["lighting"] * low.x - 0.25 * low.x**2
-    low.paint(_box(low.x, low.y - base - 0.62, 0.86, 0.63, 0.40), look.shirt * shade)
+    if canvas.shows_bodies:
+        _paint_limbs(canvas, look)
+    half_x, half_y = 0.86 - 0.46 * look.far, 0.63 - 0.28 * look.far
+    down = low.y - base - (0.62 - 0.28 * look.far)
+    low.paint(_box(low.x, down, half_x, half_y, 0.40 - 0.18 * look.far), look.shirt * shade)
     low.paint(_ellipse(low.x, low.y - base, 0.28, 0.165), look.shirt * 0.68)
     neckline = _ellipse(low.x, low.y - base + 0.012, 0.215, 0.112)
     neck = torch.minimum(neckline, _box(low.x, low.y - base + 0.2, 0.165, 0.22, 0.05))
     shadow = 1 - 0.38 * _glow(low.x, low.y - chin + 0.02, 0.34, 0.16)  # the chin's
     low.paint(neck, look.skin * 0.84 * shadow)
+
+
+TROUSERS, SHOES = (0.27, 0.29, 0.40), (0.13, 0.11, 0.12)
+
+
+def _paint_limbs(canvas: Canvas, look: Look) -> None:
+    """Legs in trousers, shoes, sleeves and hands, where the framing is far enough to see them."""
+    seen = (look.far > 0).to(look.far.dtype)
+    hip = look.chin + 0.75
+    limbs = canvas.window(-1.4, 1.4, 0.4, 2.4)
+    side, light = limbs.x.abs(), 1.0 + 0.15 * look.subject["lighting"] * limbs.x
+    limbs.paint(_ellipse(side - 0.21, limbs.y - hip - 0.56, 0.175, 0.09), _plain(side, *SHOES), seen)
+    legs = _box(side - 0.19, limbs.y - hip - 0.20, 0.145, 0.36, 0.06)
+    limbs.paint(legs, _plain(side, *TROUSERS) * light, seen)
+    down = limbs.y - look.chin - 0.45
+    limbs.paint(_ellipse(side - 0.55, down - 0.32, 0.085, 0.095), look.skin * 0.9, seen)
+    sleeve = _box(side - 0.46 - 0.22 * down, down, 0.095, 0.32, 0.09)
+    limbs.paint(sleeve, look.shirt * (0.78 * light), seen)
 
 
 def _paint_head(canvas: Canvas, look: Look) -> None:
@@ -332,16 +362,17 @@ def draw_portraits(subjects: Tensor, values: Tensor, size: int) -> Tensor:
     look = _look(subjects, values)
     subject = look.subject
     zoom = ZOOM * ZOOM_RANGE ** subject["framing"]
-    centre = CENTRE - CENTRE_MOVE * subject["framing"]
+    centre = CENTRE - CENTRE_MOVE * subject["framing"] - FAR_MOVE * look.far
     line = (torch.arange(size, device=subjects.device, dtype=torch.float32) + 0.5) / size * 2 - 1
     x = (line[None, :, None] - SHIFT * subject["shift_x"]) / zoom
     y = (line[:, None, None] - SHIFT * subject["shift_y"] - centre) / zoom
-    canvas = Canvas(subjects.new_empty(3, size, size, len(subjects)), x, y, zoom * (size / 2 / EDGE))
+    pixels = subjects.new_empty(3, size, size, len(subjects))
+    canvas = Canvas(pixels, x, y, zoom * (size / 2 / EDGE), bool((look.far > 0).any()))
     _paint_wall(canvas, look)
     _paint_body(canvas, look)
     _paint_head(canvas, look)
     t = (x / look.width).clamp(-1, 1)
-    turned = Canvas(canvas.pixels, x - 0.10 * subject["yaw"] * (1 - t**2), y, canvas.sharp)
+    turned = replace(canvas, x=x - 0.10 * subject["yaw"] * (1 - t**2))
     for painter in (_paint_cheeks_and_nose, _paint_eyes, _paint_mouth):
         painter(turned, look)
     _paint_fringe(canvas, look)
