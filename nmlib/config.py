@@ -28,9 +28,9 @@ class Settings(BaseModel):
 
 
 class SourceConfig(Settings):
-    """Which pictures: the portrait world or crops of photographs."""
+    """Which pictures: the portrait world, the same with framing and pose to ask for, or crops of photographs."""
 
-    kind: Literal["world", "photos"]
+    kind: Literal["world", "people", "photos"]
     image_size: Annotated[int, Field(ge=16, le=1024, description="pixels a side")]
 
 
@@ -120,6 +120,44 @@ class DataConfig(Settings):
     content_weight: Positive = 3.0
 
 
+class PeopleConfig(Settings):
+    """Conversations about people by name.
+
+    `people` lists how many there may be in a conversation. `pairing` says what a recall shows (paper: the three
+    stages): `same` the very picture of the introduction; `masked` the whole person, of whom the introduction shows
+    the face alone; `paired` the person in another view. The base of a recall lies at most `max_delay` rounds back.
+    Shares are of rounds, but `describe_share` of introductions and `full_body_share` of `paired` recalls. With a
+    `look_alike_distance` the people of a conversation differ by that much in their identity numbers.
+    """
+
+    conversations: Count
+    rounds: tuple[Annotated[int, Field(ge=2, le=64)], ...]
+    pairing: Literal["same", "masked", "paired"]
+    people: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 3)
+    max_delay: Count = 8
+    recall_share: Fraction = 0.5
+    rollback_share: Fraction = 0.15
+    rename_share: Fraction = 0.05
+    reintroduce_share: Fraction = 0.05
+    describe_share: Fraction = 0.1
+    full_body_share: Fraction = 0.2
+    look_alike_distance: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> "PeopleConfig":
+        total = self.recall_share + self.rollback_share + self.rename_share + self.reintroduce_share
+        if total > 1:
+            raise ValueError(f"recall, rollback, rename and reintroduce shares add up to {total:g}; expected at most 1")
+        if self.pairing == "masked" and self.describe_share:
+            raise ValueError("describe_share: a masked introduction is a picture; set it to 0 with pairing 'masked'")
+        if max(self.people) >= min(self.rounds):
+            raise ValueError(
+                f"people {max(self.people)}: everybody is introduced and then asked for, so the shortest conversation "
+                f"of {min(self.rounds)} rounds has room for {min(self.rounds) - 1}"
+            )
+        return self
+
+
 class ModelConfig(Settings):
     """The history-conditioned MLLM.
 
@@ -201,6 +239,7 @@ class Params(Settings):
     detokenizer: DetokenizerConfig
     identity: IdentityConfig
     data: dict[Literal["base", "markov", "rollback", "deep"], DataConfig]
+    people: dict[str, PeopleConfig] = Field(default_factory=dict)
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     experiments: ExperimentsConfig
@@ -224,12 +263,19 @@ class Params(Settings):
             patch = getattr(self, part).patch_size
             if size % patch:
                 raise ValueError(f"{part}.patch_size {patch} does not divide source.image_size {size}")
-        longest = max([*(n for d in self.data.values() for n in d.rounds), self.experiments.drift_rounds])
+        longest = max(
+            [
+                *(n for d in (*self.data.values(), *self.people.values()) for n in d.rounds),
+                self.experiments.drift_rounds,
+            ]
+        )
         longest = max(longest, max(self.experiments.depths) + 2)
         if longest > self.model.max_rounds:
             raise ValueError(
                 f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds"
             )
+        if self.people and self.source.kind != "people":
+            raise ValueError(f"people: needs source.kind 'people', found {self.source.kind!r}")
         seen: set[str] = set()
         for stage in self.stages:
             if stage.start is not None and stage.start not in seen:

@@ -239,7 +239,7 @@ def _start(
     """The model that a stage begins with, and its template."""
     settings = stage_model_settings(run.params, stage)
     tokens = run.params.tokens_per_image
-    tokenizer = layout.build_tokenizer(source.attributes, tokens, settings.max_rounds)
+    tokenizer = layout.build_tokenizer(source.attributes, tokens, settings.max_rounds, source.names)
     model, template = new_model(settings, tokenizer, tokens, run.params.vision.feature_dim)
     if stage.start is None:
         model.feature_scale.copy_(torch.cat(features.features).std(0).clamp_min(0.05))  # (N, D_feature)

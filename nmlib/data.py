@@ -11,12 +11,13 @@ from torch import Generator, Tensor
 from nmlib import checkpoint
 from nmlib.config import SourceConfig
 from nmlib.conversation import Conversation
+from nmlib.people import PeopleSource
 from nmlib.photos import PhotoSource
 from nmlib.sources import Source, attribute_sizes
 from nmlib.storage import load_conversations
 from nmlib.world import WorldSource
 
-SOURCES: dict[str, Callable[[int], Source]] = {"world": WorldSource, "photos": PhotoSource}
+SOURCES: dict[str, Callable[[int], Source]] = {"world": WorldSource, "people": PeopleSource, "photos": PhotoSource}
 
 
 def open_source(settings: SourceConfig) -> Source:
@@ -53,10 +54,12 @@ class ConversationFeatures:
     Args:
         conversations: of any lengths.
         features: for each, (R, N, D).
+        weights: for each, (R, N) weights of the tokens in the loss, of mean 1 in each picture; None weighs all alike.
     """
 
     conversations: list[Conversation]
     features: list[Tensor]
+    weights: list[Tensor] | None = None
 
     def groups(self) -> dict[int, list[int]]:
         """Indices of the conversations of each length."""
@@ -70,8 +73,18 @@ class ConversationFeatures:
         chosen = [self.conversations[index] for index in indices]
         return chosen, torch.stack([self.features[index] for index in indices])  # (B, R, N, D)
 
+    def take_weights(self, indices: Sequence[int]) -> Tensor | None:
+        """Loss weights (B, R, N) of conversations of equal length; None where all tokens weigh alike."""
+        if self.weights is None:
+            return None
+        return torch.stack([self.weights[index] for index in indices])  # (B, R, N)
+
     def batch(self, step: int, pictures: int, seed: int) -> tuple[list[Conversation], Tensor]:
-        """The batch of a step: conversations of one length, about `pictures` pictures in all.
+        """The batch of a step: the conversations of `batch_indices` with their features."""
+        return self.take(self.batch_indices(step, pictures, seed))
+
+    def batch_indices(self, step: int, pictures: int, seed: int) -> list[int]:
+        """Which conversations a step takes: of one length, about `pictures` pictures in all.
 
         A pure function of (step, seed). Each length is drawn as often as it has pictures.
         """
@@ -82,11 +95,14 @@ class ConversationFeatures:
         members = groups[length]
         count = max(1, pictures // length)
         picks = torch.randint(len(members), (count,), generator=generator).tolist()
-        return self.take([members[pick] for pick in picks])
+        return [members[pick] for pick in picks]
 
 
 def encode_conversations(
-    conversations: list[Conversation], encode: Callable[[Tensor], Tensor], chunk: int = 256
+    conversations: list[Conversation],
+    encode: Callable[[Tensor], Tensor],
+    chunk: int = 256,
+    weigh: Callable[[Conversation], Tensor] | None = None,
 ) -> ConversationFeatures:
     """Compute the features of all pictures.
 
@@ -94,29 +110,43 @@ def encode_conversations(
         conversations: with `images`.
         encode: uint8 (B, 3, H, W) -> (B, N, D).
         chunk: pictures at a time.
+        weigh: conversation -> loss weights (R, N), for example `personalization.face_weights`.
     """
     images = torch.cat([c.images for c in conversations if c.images is not None])  # (sum R, 3, H, W)
     features = torch.cat([encode(part) for part in images.split(chunk)])  # (sum R, N, D)
-    return ConversationFeatures(conversations, list(features.split([len(c) for c in conversations])))
+    weights = None if weigh is None else [weigh(conversation) for conversation in conversations]
+    return ConversationFeatures(conversations, list(features.split([len(c) for c in conversations])), weights)
 
 
-def load_features(folder: Path, encode: Callable[[Tensor], Tensor], encoder_key: str) -> ConversationFeatures:
+def load_features(
+    folder: Path,
+    encode: Callable[[Tensor], Tensor],
+    encoder_key: str,
+    weigh: Callable[[Conversation], Tensor] | None = None,
+    weigh_key: str = "",
+) -> ConversationFeatures:
     """Conversations of a data set folder with their features, computed on the first call and kept.
 
     Args:
         folder: written by `save_conversations`.
         encode: uint8 (B, 3, H, W) -> (B, N, D).
         encoder_key: identifies the encoder; features of another one, or of other pictures, are computed anew.
+        weigh: conversation -> loss weights (R, N); kept beside the features.
+        weigh_key: identifies the weights, as `encoder_key` does the encoder.
     """
     conversations = load_conversations(folder)
     path = folder / "features.safetensors"
     with (folder / "rounds.parquet").open("rb") as file:
-        key = {"encoder": encoder_key, "pictures": hashlib.file_digest(file, "blake2b").hexdigest()[:32]}
+        pictures = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    key = {"encoder": encoder_key, "pictures": pictures, "weights": weigh_key if weigh else None}
     if path.exists():
         tensors, metadata = checkpoint.load(path)
         if metadata == key:
             lengths = [len(conversation) for conversation in conversations]
-            return ConversationFeatures(conversations, list(tensors["features"].split(lengths)))
-    encoded = encode_conversations(conversations, encode)
-    checkpoint.save(path, {"features": torch.cat(encoded.features)}, key)
+            parts = {name: list(tensor.split(lengths)) for name, tensor in tensors.items()}
+            return ConversationFeatures(conversations, parts["features"], parts.get("weights"))
+    encoded = encode_conversations(conversations, encode, weigh=weigh)
+    kept = {"features": torch.cat(encoded.features)}
+    kept |= {} if encoded.weights is None else {"weights": torch.cat(encoded.weights)}
+    checkpoint.save(path, kept, key)
     return encoded

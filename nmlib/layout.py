@@ -4,6 +4,8 @@ One conversation becomes one sequence (SEED-X's template, one turn a round):
 
     <s> [INST] #1 <img> C*N </img> use this picture [/INST]            an upload, or
     <s> [INST] a picture with ... [/INST] #1 <img> Q*N C*N </img>        a description
+        [INST] #2 <img> C*N </img> this is olivia [/INST]                  an introduction
+        [INST] olivia on a red wall [/INST] #2 to #5 <img> Q*N C*N </img>  a recall
         [INST] make the wall blue [/INST] blue background #1 to #2 <img> Q*N C*N </img> ...
 
 Q are the N query tokens whose hidden states become the image; C are the N history tokens of the same image,
@@ -35,18 +37,24 @@ def image_token(index: int) -> str:
     return f"<img_{index:05d}>"
 
 
-def build_tokenizer(attributes: Sequence[Attribute], tokens_per_image: int, max_rounds: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    attributes: Sequence[Attribute], tokens_per_image: int, max_rounds: int, names: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A word-level tokenizer for a source's grammar.
+
+    Every name is one word. Held-out names are words as well, whose embeddings stay near their random start, since no
+    training text has them: a model that finds people by held-out names compares words and has not learned names.
 
     Args:
         attributes: their phrases give the words.
         tokens_per_image: N query tokens.
         max_rounds: number of picture markers (`#1` ...).
+        names: of people, of all splits.
     """
     special = [PAD, BOS, EOS, UNK, INST, END_INST, BOI, EOI]
     words = [*special, *(image_token(index) for index in range(tokens_per_image))]
     words += [phrases.marker(index) for index in range(max_rounds)]
-    words += phrases.vocabulary(attributes)
+    words += phrases.vocabulary(attributes, names)
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNK))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -174,7 +182,7 @@ class Template:
         return self.word_id(phrases.marker(index))
 
     def prompt(self, conversation: Conversation, index: int) -> list[int]:
-        """Ids that open a round: for a picture that is brought up to its `<img>`, else the instruction up to `[/INST]`."""
+        """Ids that open a round: up to the `<img>` of a picture that is brought, else up to `[/INST]`."""
         opening = BOS + " " if index == 0 else ""
         item = conversation.rounds[index]
         if item.is_brought:

@@ -265,6 +265,7 @@ class PhotoSource:
 
     name = "photos"
     attributes: tuple[Attribute, ...] = (TONE, MIRROR, TURN, BLUR, FRAME, LIGHT, TINT)
+    names: tuple[str, ...] = ()
 
     def __init__(self, image_size: int) -> None:
         if image_size < 16:

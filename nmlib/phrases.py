@@ -1,7 +1,8 @@
-"""What people say: edits, rollbacks, uploads and descriptions, in many phrasings.
+"""What people say: edits, rollbacks, uploads and descriptions, introductions and recalls, in many phrasings.
 
 Sentences come from a small grammar (opener, clause, closer). A phrasing belongs to the training or to the
 held-out set by a hash of its whole text, so every word is seen in training and whole phrasings are not.
+A sentence with a person's name is split by its text with `{name}` in the name's place.
 All text is lower case without punctuation, which keeps the small model's vocabulary small.
 """
 
@@ -68,6 +69,28 @@ START = (
     "undo everything",
 )
 THEN = ("{reference} and then {command}", "{reference} and {command}", "{reference} but {command}")
+NAME = "{name}"
+INTRODUCE = (
+    "this is {name}",
+    "meet {name}",
+    "here is {name}",
+    "this picture shows {name}",
+    "here is a picture of {name}",
+    "the person in this picture is {name}",
+    "i want you to meet {name}",
+)
+GREETINGS = ("", "hello", "look", "okay", "now", "and")
+DESCRIBE_NAMED = ("a picture of {name} with {looks}", "draw {name} with {looks}", "show me {name} with {looks}")
+LEADS = ("", "now", "please show me", "show me", "draw", "please draw", "give me", "i want", "can you draw")
+RECALL = ("a picture of {name}", "{name}", "another picture of {name}")
+RENAME = (
+    "call her {name} from now on",
+    "call him {name} from now on",
+    "from now on call her {name}",
+    "from now on call him {name}",
+    "let us call her {name}",
+    "let us call him {name}",
+)
 POLITE = ("here it is", "here you go", "done", "this is what you asked for")
 HELDOUT_SHARE = 8
 
@@ -175,6 +198,63 @@ def describe_sentence(rng: random.Random, attributes: Sequence[Attribute], value
     return rng.choice(DESCRIBE).format(looks=" and ".join(looks))
 
 
+def with_name(text: str, name: str) -> str:
+    """Put a name in its place."""
+    return text.replace(NAME, name)
+
+
+def without_name(text: str, name: str | None) -> str:
+    """The sentence by which a split is decided: `{name}` in the place of the name."""
+    return " ".join(NAME if word == name else word for word in text.split())
+
+
+def introduce_sentence(rng: random.Random, name: str, split: str) -> str:
+    """What comes with a picture that shows somebody by name."""
+    return with_name(draw(lambda: f"{rng.choice(GREETINGS)} {rng.choice(INTRODUCE)}".strip(), split), name)
+
+
+def introduce_by_words(
+    rng: random.Random, name: str, attributes: Sequence[Attribute], values: Sequence[int], split: str
+) -> str:
+    """A description of somebody by name, from which a picture is to be made."""
+
+    def make() -> str:
+        looks = [rng.choice(a.looks[a.values[v]]) for a, v in zip(attributes, values, strict=True)]
+        return rng.choice(DESCRIBE_NAMED).replace("{looks}", " and ".join(looks))
+
+    return with_name(draw(make, split), name)
+
+
+def recall_sentence(
+    rng: random.Random, name: str, attributes: Sequence[Attribute], values: Sequence[int], split: str
+) -> str:
+    """Ask for a picture of somebody by name, for example `a close up of olivia smiling on a blue wall`.
+
+    Args:
+        rng: source of chance.
+        name: whom to show.
+        attributes: all that is said of the picture.
+        values: index of the value of each.
+        split: `train`, `heldout` or `any`.
+    """
+
+    def make() -> str:
+        details = [rng.choice(a.details[a.values[v]]) for a, v in zip(attributes, values, strict=True)]
+        heads = [text for text in details if NAME in text] or [rng.choice(RECALL)]
+        tails = [text for text in details if NAME not in text]
+        rng.shuffle(tails)
+        if len(tails) > 1 and rng.random() < 0.5:
+            tails.insert(-1, "and")
+        return " ".join([rng.choice(LEADS), *heads, *tails, rng.choice(CLOSERS)]).strip()
+
+    return with_name(draw(lambda: " ".join(make().split()), split), name)
+
+
+def rename_sentence(rng: random.Random, name: str, command: Callable[[], str], split: str) -> str:
+    """Call the person shown otherwise from now on, and ask for an edit."""
+    return with_name(draw(lambda: _polish(rng, f"{rng.choice(RENAME)} and {command()}"), split), name)
+
+
 def response(style: str, index: int, base: int | None, instruction: str, edit: str = "", before: str = "") -> str:
     """The text before an image.
 
@@ -210,18 +290,26 @@ def clean(text: str) -> str:
     return " ".join(re.sub(r"[^a-z0-9#]+", " ", text.lower()).split())
 
 
-def vocabulary(attributes: Iterable[Attribute]) -> tuple[str, ...]:
-    """Every word that the grammar can produce for these attributes, sorted."""
+def vocabulary(attributes: Iterable[Attribute], names: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every word that the grammar can produce for these attributes, and with names all that is said of people, sorted.
+
+    Args:
+        attributes: of the source.
+        names: of people; none where nobody has one.
+    """
     groups: list[Iterable[str]] = [
         OPENERS, CLOSERS, UPLOADS, DESCRIBE, UNDO_ONE, UNDO_MANY, ORDINAL, CONTENT_NOUN, CONTENT_LOOK, CONTENT_QUOTE,
         START, THEN, POLITE, NUMBERS, ORDINALS, ("and before then to",),
     ]  # fmt: skip
+    if names:
+        groups += [INTRODUCE, GREETINGS, DESCRIBE_NAMED, LEADS, RECALL, RENAME, names]
     for attribute in attributes:
         groups += [
             (attribute.name, *attribute.values),
             attribute.nouns,
             *attribute.commands.values(),
             *attribute.looks.values(),
+            *(attribute.details.values() if names else ()),
         ]
     words = {word for group in groups for text in group for word in text.split()}
     return tuple(sorted(word for word in words if not word.startswith("{")))

@@ -7,7 +7,7 @@ particular source.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Generator, Tensor
@@ -27,6 +27,8 @@ class Attribute:
             (for example no hat) has phrases such as `"no hat"`.
         relative: no single picture reveals the value for certain, because it is defined against the subject as
             it first was (a mirrored photograph); a conversation does.
+        details: value -> clauses that say it of a person asked for by name, for example `"on a blue wall"`; one that
+            contains `{name}` opens the sentence. A value without any cannot be said of a person.
     """
 
     name: str
@@ -35,13 +37,14 @@ class Attribute:
     commands: Mapping[str, tuple[str, ...]]
     looks: Mapping[str, tuple[str, ...]]
     relative: bool = False
+    details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in ("commands", "looks"):
-            phrases: Mapping[str, tuple[str, ...]] = getattr(self, field)
+        for name in ("commands", "looks"):
+            phrases: Mapping[str, tuple[str, ...]] = getattr(self, name)
             if set(phrases) != set(self.values) or not all(phrases.values()):
                 raise ValueError(
-                    f"attribute {self.name!r}: {field} has phrases for {sorted(phrases)}, expected at least one for "
+                    f"attribute {self.name!r}: {name} has phrases for {sorted(phrases)}, expected at least one for "
                     f"each of {sorted(self.values)}"
                 )
 
@@ -53,6 +56,7 @@ class Source(Protocol):
     name: str
     image_size: int
     attributes: tuple[Attribute, ...]
+    names: tuple[str, ...]  # first names of the people it can show; none where it shows nobody by name
 
     def sample_subjects(self, count: int, split: str, generator: Generator) -> Tensor:
         """Draw subjects; `split` is "train" or "heldout" and the two never share one.
@@ -75,6 +79,42 @@ class Source(Protocol):
 
         Returns:
             Float32 tensor (B, 3, H, W) in [0, 1], H = W = `image_size`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Pictures (frames) of one person: known exactly, or as pixels, or both.
+
+    Args:
+        subjects: (F, S) numbers of the person and the view in each frame, where known.
+        values: (F, A) value indices of each frame, where known.
+        images: uint8 (F, 3, H, W), where the frames cannot be drawn.
+        boxes: (F, 4) left, top, right, bottom of the face in pixels, where known.
+    """
+
+    subjects: Tensor | None = None
+    values: Tensor | None = None
+    images: Tensor | None = None
+    boxes: Tensor | None = None
+
+
+@runtime_checkable
+class IdentityClips(Protocol):
+    """A source of people, each seen in several frames."""
+
+    name: str
+    attributes: tuple[Attribute, ...]  # none where only pixels are known
+
+    def clips(self, count: int, split: str, generator: Generator, distance: float | None = None) -> list[Clip]:
+        """Draw people, at least two frames each; no person is in both splits.
+
+        Args:
+            count: how many different people.
+            split: `train` or `heldout`.
+            generator: source of randomness.
+            distance: how far the others are from the first, where the source can tell.
         """
         ...
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from nmlib.sources import attribute_index, attribute_sizes
+from nmlib.sources import Attribute, attribute_index, attribute_sizes
 from nmlib.world_phrases import ATTRIBUTES
 from nmlib.world_portrait import IDENTITY, NUISANCE, SUBJECT, draw_portraits
 
@@ -52,7 +52,8 @@ class WorldSource:
     """
 
     name = "world"
-    attributes = ATTRIBUTES
+    attributes: tuple[Attribute, ...] = ATTRIBUTES
+    names: tuple[str, ...] = ()
 
     def __init__(self, image_size: int) -> None:
         if image_size < 16:

@@ -1,9 +1,6 @@
 """How a portrait is drawn: painters of signed-distance shapes, from the wall to the hat.
 
-Everything is batched torch on any device and at any resolution. The batch is the *last* axis here, so that a
-number per picture broadcasts without reshaping and the innermost loop runs over pictures, whatever small
-window of the frame is being painted. Coordinates `x` (1, W, B) and `y` (H, 1, B) stay separate for as long
-as possible: most of the work is then one-dimensional.
+Everything is batched torch on any device and at any resolution; see `world_canvas` for the axes.
 """
 
 import math
@@ -12,6 +9,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nmlib.world_canvas import (
+    CENTRE,
+    CENTRE_MOVE,
+    EDGE,
+    FAR,
+    FAR_MOVE,
+    SHIFT,
+    ZOOM,
+    ZOOM_RANGE,
+    Canvas,
+    box,
+    ellipse,
+    glow,
+)  # fmt: skip
 from nmlib.world_phrases import ATTRIBUTES
 
 IDENTITY = (
@@ -21,13 +32,8 @@ IDENTITY = (
 NUISANCE = ("yaw", "shift_x", "shift_y", "lighting", "framing")
 SUBJECT = IDENTITY + NUISANCE
 
-ZOOM, ZOOM_RANGE = 1.1, 1.28  # half frames per portrait unit at framing 0, and the factor from there to 1
-SHIFT = 0.07  # largest shift of the portrait, in half frames
-CENTRE, CENTRE_MOVE = 0.04, 0.08  # where y = 0 is, and how much it moves up at framing 1 to keep the shirt in view
-FAR = -2.0  # the lowest framing, at which the whole body is in view; from -1 down to it, the body is drawn
-FAR_MOVE = 0.5  # how much higher the head is there, in half frames
+FACE_MARGIN = 0.07  # of hair around the face, in its box
 EYE_Y = -0.03
-EDGE = 2.2  # width of an edge in pixels: soft enough for a small autoencoder, crisp in large pictures
 
 SKIN = ((0.34, 0.22, 0.16), (0.50, 0.33, 0.23), (0.72, 0.50, 0.36), (0.90, 0.69, 0.53), (0.98, 0.84, 0.74))
 NATURAL_HAIR = ((0.07, 0.06, 0.07), (0.22, 0.13, 0.09), (0.42, 0.23, 0.11), (0.66, 0.27, 0.10), (0.93, 0.77, 0.42))
@@ -77,12 +83,54 @@ def _ramp(stops: tuple[tuple[float, float, float], ...], number: Tensor) -> Tens
     return torch.lerp(table[low], table[low + 1], (place - low)[:, None]).T[:, None, None]
 
 
+def _numbers(subjects: Tensor) -> dict[str, Tensor]:
+    """The numbers (B,) of subjects by name, clamped to their ranges."""
+    subject = dict(zip(SUBJECT, subjects.clamp(-1, 1).T, strict=True))
+    return subject | {"framing": subjects[:, SUBJECT.index("framing")].clamp(FAR, 1)}
+
+
+def _face(subject: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Half width, height above the middle, and depth of the chin below it, in portrait units, (B,) each."""
+    height = subject["face_height"]
+    return 0.40 + 0.065 * subject["face_width"], 0.44 + 0.03 * height, 0.47 + 0.065 * height
+
+
+def _far(subject: dict[str, Tensor]) -> Tensor:
+    """How much of the way to a picture of the whole body, 0 in portraits, (B,)."""
+    return (-1 - subject["framing"]).clamp_min(0)
+
+
+def _frame(subject: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Half frames per portrait unit, and where y = 0 is without a shift, (B,) each."""
+    centre = CENTRE - CENTRE_MOVE * subject["framing"] - FAR_MOVE * _far(subject)
+    return ZOOM * ZOOM_RANGE ** subject["framing"], centre
+
+
+def face_boxes(subjects: Tensor, size: int) -> Tensor:
+    """Where the faces are: from the hair above the forehead to the chin, without a hat.
+
+    Args:
+        subjects: float tensor (B, S).
+        size: height and width of the pictures.
+
+    Returns:
+        (B, 4) left, top, right, bottom in pixels, within the picture.
+    """
+    subject = _numbers(subjects)
+    width, top, chin = _face(subject)
+    zoom, centre = _frame(subject)
+    x, y = SHIFT * subject["shift_x"], SHIFT * subject["shift_y"] + centre
+    half, rise = (width + FACE_MARGIN) * zoom, (top + FACE_MARGIN) * zoom
+    edges = torch.stack([x - half, y - rise, x + half, y + chin * zoom], dim=1)  # (B, 4) in half frames
+    return ((edges + 1) / 2 * size).clamp(0, size)
+
+
 def _look(subjects: Tensor, values: Tensor) -> Look:
     """Turn a chunk of states into the numbers the painters need."""
-    subject = dict(zip(SUBJECT, subjects.clamp(-1, 1).T, strict=True))
-    subject["framing"] = subjects[:, SUBJECT.index("framing")].clamp(FAR, 1)
+    subject = _numbers(subjects)
     value = {attribute.name: column for attribute, column in zip(ATTRIBUTES, values.T, strict=True)}
     natural = _ramp(NATURAL_HAIR, subject["hair"])
+    width, top, chin = _face(subject)
     dyed = subjects.new_tensor((DYED_HAIR[0], *DYED_HAIR))[value["hair"]].T[:, None, None]
     return Look(
         subject=subject,
@@ -92,80 +140,12 @@ def _look(subjects: Tensor, values: Tensor) -> Look:
         wall=subjects.new_tensor(WALLS)[value["background"]].T[:, None, None],
         shirt=subjects.new_tensor(SHIRTS)[value["shirt"]].T[:, None, None],
         iris=_ramp(IRIS, subject["eyes"]),
-        width=0.40 + 0.065 * subject["face_width"],
-        top=0.44 + 0.03 * subject["face_height"],
-        chin=0.47 + 0.065 * subject["face_height"],
+        width=width,
+        top=top,
+        chin=chin,
         fall=0.46 + 0.36 * subject["hair_length"],
-        far=(-1 - subject["framing"]).clamp_min(0),
+        far=_far(subject),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# shapes: signed distances, negative inside; sizes are numbers or tensors (B,)
-
-
-def _ellipse(x: Tensor, y: Tensor, radius_x: Tensor | float, radius_y: Tensor | float) -> Tensor:
-    """Distance to an ellipse around 0, to first order: the implicit function over its gradient's length.
-
-    Beside the tips of a long ellipse that is far too small, a halo; the distance to its bounding box mends it.
-    """
-    x2, y2 = (x / radius_x) ** 2, (y / radius_y) ** 2
-    slope = (x2 * (4 / radius_x**2) + 1e-6) + y2 * (4 / radius_y**2)
-    distance = (x2 + (y2 - 1)).mul_(slope.rsqrt_())
-    return torch.maximum(distance, torch.maximum(x.abs() - radius_x, y.abs() - radius_y))
-
-
-def _box(x: Tensor, y: Tensor, half_x: Tensor | float, half_y: Tensor | float, corner: Tensor | float) -> Tensor:
-    """Distance to a box around 0 with rounded corners."""
-    side_x, side_y = x.abs() - half_x + corner, y.abs() - half_y + corner
-    outside = (side_x.clamp_min(0) ** 2 + side_y.clamp_min(0) ** 2).sqrt_()
-    return outside.add_(torch.maximum(side_x, side_y).clamp_max_(0)).sub_(corner)
-
-
-def _glow(x: Tensor, y: Tensor, radius_x: Tensor | float, radius_y: Tensor | float) -> Tensor:
-    """A smooth bump, 1 at 0 and 0 outside an ellipse: an opacity for shadows and highlights."""
-    return (1 - (x / radius_x) ** 2 - (y / radius_y) ** 2).clamp_(0, 1).square_()
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """A window of the frame and the portrait coordinates of its pixels.
-
-    Args:
-        pixels: (3, H, W, B), painted in place.
-        x, y: portrait coordinates (1, W, B) and (H, 1, B); y grows downwards, the head is around 0.
-        sharp: pixels per portrait unit (B,), how steep an edge is.
-        shows_bodies: whether some of the pictures may be framed below -1.
-    """
-
-    pixels: Tensor
-    x: Tensor
-    y: Tensor
-    sharp: Tensor
-    shows_bodies: bool = False
-
-    def window(self, left: float, right: float, top: float, bottom: float) -> "Canvas":
-        """The part of a whole frame that can show a rectangle of the portrait, under any framing and shift."""
-        size = self.pixels.shape[1]
-        farthest, move = (FAR, FAR_MOVE) if self.shows_bodies else (-1.0, 0.0)
-
-        def span(low: float, high: float, margin: float) -> slice:
-            low = low * ZOOM * ZOOM_RANGE ** (1 if low < 0 else farthest) - SHIFT - margin
-            high = high * ZOOM * ZOOM_RANGE ** (1 if high > 0 else farthest) + SHIFT + margin
-            return slice(max(0, int((low + 1) / 2 * size) - 1), min(size, int((high + 1) / 2 * size) + 2))
-
-        rows, columns = span(top, bottom, CENTRE + CENTRE_MOVE + move), span(left, right, 0.0)
-        return Canvas(self.pixels[:, rows, columns], self.x[:, columns], self.y[rows], self.sharp)
-
-    def paint(self, distance: Tensor, colour: Tensor, opacity: Tensor | float = 1.0) -> None:
-        """Fill the inside of a shape, with a soft edge EDGE pixels wide."""
-        self.blend((0.5 - distance * self.sharp).clamp_(0, 1), colour, opacity)
-
-    def blend(self, mask: Tensor, colour: Tensor, opacity: Tensor | float = 1.0) -> None:
-        """Mix a colour in, (h, w, B) of it."""
-        if not isinstance(opacity, float) or opacity != 1.0:
-            mask = mask * opacity
-        self.pixels.lerp_(colour, mask)
 
 
 WHITE = (1.0, 1.0, 1.0)
@@ -187,7 +167,7 @@ def _paint_body(canvas: Canvas, look: Look) -> None:
     chin = look.chin
     back = canvas.window(-0.75, 0.75, -0.75, 1.0)
     half_x, half_y = look.width + 0.07 + 0.04 * look.subject["hair_length"], (look.fall + 0.47) / 2
-    back.paint(_box(back.x, back.y - look.fall + half_y, half_x, half_y, half_x * 0.9), look.hair * 0.55)
+    back.paint(box(back.x, back.y - look.fall + half_y, half_x, half_y, half_x * 0.9), look.hair * 0.55)
 
     low = canvas.window(-1.4, 1.4, 0.4, 1.4)
     base = chin + 0.12  # where the neck meets the shirt
@@ -196,11 +176,11 @@ def _paint_body(canvas: Canvas, look: Look) -> None:
         _paint_limbs(canvas, look)
     half_x, half_y = 0.86 - 0.46 * look.far, 0.63 - 0.28 * look.far
     down = low.y - base - (0.62 - 0.28 * look.far)
-    low.paint(_box(low.x, down, half_x, half_y, 0.40 - 0.18 * look.far), look.shirt * shade)
-    low.paint(_ellipse(low.x, low.y - base, 0.28, 0.165), look.shirt * 0.68)
-    neckline = _ellipse(low.x, low.y - base + 0.012, 0.215, 0.112)
-    neck = torch.minimum(neckline, _box(low.x, low.y - base + 0.2, 0.165, 0.22, 0.05))
-    shadow = 1 - 0.38 * _glow(low.x, low.y - chin + 0.02, 0.34, 0.16)  # the chin's
+    low.paint(box(low.x, down, half_x, half_y, 0.40 - 0.18 * look.far), look.shirt * shade)
+    low.paint(ellipse(low.x, low.y - base, 0.28, 0.165), look.shirt * 0.68)
+    neckline = ellipse(low.x, low.y - base + 0.012, 0.215, 0.112)
+    neck = torch.minimum(neckline, box(low.x, low.y - base + 0.2, 0.165, 0.22, 0.05))
+    shadow = 1 - 0.38 * glow(low.x, low.y - chin + 0.02, 0.34, 0.16)  # the chin's
     low.paint(neck, look.skin * 0.84 * shadow)
 
 
@@ -213,12 +193,12 @@ def _paint_limbs(canvas: Canvas, look: Look) -> None:
     hip = look.chin + 0.75
     limbs = canvas.window(-1.4, 1.4, 0.4, 2.4)
     side, light = limbs.x.abs(), 1.0 + 0.15 * look.subject["lighting"] * limbs.x
-    limbs.paint(_ellipse(side - 0.21, limbs.y - hip - 0.56, 0.175, 0.09), _plain(side, *SHOES), seen)
-    legs = _box(side - 0.19, limbs.y - hip - 0.20, 0.145, 0.36, 0.06)
+    limbs.paint(ellipse(side - 0.21, limbs.y - hip - 0.56, 0.175, 0.09), _plain(side, *SHOES), seen)
+    legs = box(side - 0.19, limbs.y - hip - 0.20, 0.145, 0.36, 0.06)
     limbs.paint(legs, _plain(side, *TROUSERS) * light, seen)
     down = limbs.y - look.chin - 0.45
-    limbs.paint(_ellipse(side - 0.55, down - 0.32, 0.085, 0.095), look.skin * 0.9, seen)
-    sleeve = _box(side - 0.46 - 0.22 * down, down, 0.095, 0.32, 0.09)
+    limbs.paint(ellipse(side - 0.55, down - 0.32, 0.085, 0.095), look.skin * 0.9, seen)
+    sleeve = box(side - 0.46 - 0.22 * down, down, 0.095, 0.32, 0.09)
     limbs.paint(sleeve, look.shirt * (0.78 * light), seen)
 
 
@@ -226,23 +206,23 @@ def _paint_head(canvas: Canvas, look: Look) -> None:
     """Ears and face, rounded by light."""
     light = look.subject["lighting"]
     head = canvas.window(-0.62, 0.62, -0.56, 0.68)
-    head.paint(_ellipse(head.x.abs() - look.width + 0.005, head.y - 0.03, 0.065, 0.105), look.skin * 0.84)
+    head.paint(ellipse(head.x.abs() - look.width + 0.005, head.y - 0.03, 0.065, 0.105), look.skin * 0.84)
     height = torch.where(head.y < 0, look.top, look.chin)
     across = head.x / look.width
     shade = 1.06 + 0.14 * light * across - 0.14 * across**2 - 0.10 * (head.y / height) ** 2
-    head.paint(_ellipse(head.x, head.y, look.width, height), look.skin * shade)
+    head.paint(ellipse(head.x, head.y, look.width, height), look.skin * shade)
 
 
 def _paint_cheeks_and_nose(canvas: Canvas, look: Look) -> None:
     """Blush and a soft nose."""
     face = canvas.window(-0.6, 0.6, -0.25, 0.55)
-    blush = _glow(face.x.abs() - look.width * 0.60, face.y - 0.17, 0.17, 0.13)
+    blush = glow(face.x.abs() - look.width * 0.60, face.y - 0.17, 0.17, 0.13)
     face.blend(blush, look.skin * _plain(face.x, 1.0, 0.70, 0.68), look.pick("expression", 0.45, 0.85, 0.45))
     size = 1.05 + 0.6 * look.subject["nose"]
     shadow_x = face.x + 0.02 * look.subject["lighting"]
-    face.blend(_glow(shadow_x, face.y - 0.06, 0.075 * size, 0.20), look.skin * 0.80, 0.7)
-    face.paint(_ellipse(face.x, face.y - 0.135, 0.066 * size, 0.050 * size), look.skin * 0.66, 0.8)
-    face.blend(_glow(face.x, face.y - 0.105, 0.045 * size, 0.055 * size), (look.skin * 1.12).clamp_max(1))
+    face.blend(glow(shadow_x, face.y - 0.06, 0.075 * size, 0.20), look.skin * 0.80, 0.7)
+    face.paint(ellipse(face.x, face.y - 0.135, 0.066 * size, 0.050 * size), look.skin * 0.66, 0.8)
+    face.blend(glow(face.x, face.y - 0.105, 0.045 * size, 0.055 * size), (look.skin * 1.12).clamp_max(1))
 
 
 def _paint_eyes(canvas: Canvas, look: Look) -> None:
@@ -252,16 +232,16 @@ def _paint_eyes(canvas: Canvas, look: Look) -> None:
     radius = (0.092 + 0.020 * look.subject["eye_size"]) * wide
     x = eyes.x.abs() - _eye_x(look)
     y = eyes.y - EYE_Y
-    eyes.paint(_ellipse(x, y + 0.014, radius * 1.32, radius * 1.12), look.skin * 0.40)
-    eyes.paint(_ellipse(x, y - 0.004, radius * 1.20, radius * 0.98), _plain(x, 0.93, 0.93, 0.92))
+    eyes.paint(ellipse(x, y + 0.014, radius * 1.32, radius * 1.12), look.skin * 0.40)
+    eyes.paint(ellipse(x, y - 0.004, radius * 1.20, radius * 0.98), _plain(x, 0.93, 0.93, 0.92))
     gaze = x * eyes.x.sign() - 0.03 * look.subject["yaw"]
-    eyes.paint(_ellipse(gaze, y, radius * 0.70, radius * 0.82), look.iris)
-    eyes.paint(_ellipse(gaze, y, radius * 0.36, radius * 0.44), _plain(x, 0.04, 0.03, 0.04))
-    eyes.paint(_ellipse(gaze + radius * 0.28, y + radius * 0.34, radius * 0.24, radius * 0.24), _plain(x, 1, 1, 1), 0.9)
+    eyes.paint(ellipse(gaze, y, radius * 0.70, radius * 0.82), look.iris)
+    eyes.paint(ellipse(gaze, y, radius * 0.36, radius * 0.44), _plain(x, 0.04, 0.03, 0.04))
+    eyes.paint(ellipse(gaze + radius * 0.28, y + radius * 0.34, radius * 0.24, radius * 0.24), _plain(x, 1, 1, 1), 0.9)
     brows = look.subject["brows"]
     raised = look.pick("expression", 0.0, 0.01, 0.07)
     arch = y + 0.165 + raised + 0.03 * look.subject["eye_size"] + 1.1 * x**2 - 0.16 * brows * x
-    eyes.paint(_ellipse(x, arch, 0.135, 0.030 + 0.015 * brows), look.hair * 0.55)
+    eyes.paint(ellipse(x, arch, 0.135, 0.030 + 0.015 * brows), look.hair * 0.55)
 
 
 def _eye_x(look: Look) -> Tensor:
@@ -279,9 +259,9 @@ def _paint_mouth(canvas: Canvas, look: Look) -> None:
     y = y + look.pick("expression", 0.6, 0.3, 0.0) * mouth.x**2  # the corners go up
     cut = look.pick("expression", -9.0, 0.0, -9.0) - y
     lips = torch.lerp(look.skin * 0.75, _plain(y, 0.74, 0.22, 0.26), 0.65)
-    mouth.paint(torch.maximum(_ellipse(mouth.x, y, radius_x, radius_y), cut - 0.03), lips)
+    mouth.paint(torch.maximum(ellipse(mouth.x, y, radius_x, radius_y), cut - 0.03), lips)
     inner_y = (radius_y - 0.032).clamp_min(0.012)
-    inside = torch.maximum(_ellipse(mouth.x, y, radius_x - 0.03, inner_y), cut)
+    inside = torch.maximum(ellipse(mouth.x, y, radius_x - 0.03, inner_y), cut)
     mouth.paint(inside, _plain(y, 0.42, 0.07, 0.11))
     teeth = look.pick("expression", -9.0, 0.065, -0.05)
     mouth.paint(torch.maximum(inside, y - teeth), _plain(y, 0.98, 0.97, 0.95))
@@ -292,17 +272,17 @@ def _paint_fringe(canvas: Canvas, look: Look) -> None:
     fringe, light = look.subject["fringe"], look.subject["lighting"]
     locks = canvas.window(-0.75, 0.75, -0.5, 1.0)
     half_x, half_y = 0.075 + 0.03 * look.subject["hair_length"], (look.fall + 0.22) / 2
-    strand = _ellipse(locks.x.abs() - look.width, locks.y - look.fall + half_y, half_x, half_y)
+    strand = ellipse(locks.x.abs() - look.width, locks.y - look.fall + half_y, half_x, half_y)
     locks.paint(strand, look.hair * 0.84)
     hair = canvas.window(-0.7, 0.7, -0.75, 0.4)
     x = hair.x - 0.04 * look.subject["yaw"]
-    outline = _ellipse(hair.x, hair.y + 0.03, look.width + 0.07, look.top + 0.085)
+    outline = ellipse(hair.x, hair.y + 0.03, look.width + 0.07, look.top + 0.085)
     hairline = look.top * (0.66 - 0.17 * fringe)
     sweep = 0.22 * fringe * x  # the parting: the hairline is higher on one side
-    opening = _ellipse(x, hair.y - 0.40 - sweep, look.width * 1.01, 0.40 + hairline)
+    opening = ellipse(x, hair.y - 0.40 - sweep, look.width * 1.01, 0.40 + hairline)
     cap = torch.maximum(torch.maximum(outline, -opening), hair.y - 0.02)
     hair.paint(cap, look.hair * (0.94 - 0.25 * (hair.y + 0.3) + 0.15 * light * hair.x))
-    shine = _glow(x + 0.12 - 0.2 * light, hair.y + look.top * 0.92, 0.28, 0.11)
+    shine = glow(x + 0.12 - 0.2 * light, hair.y + look.top * 0.92, 0.28, 0.11)
     hair.blend(shine * (0.5 - cap * hair.sharp).clamp_(0, 1), (look.hair * 1.2 + 0.12).clamp_max(1), 0.6)
 
 
@@ -315,7 +295,7 @@ def _paint_glasses(canvas: Canvas, look: Look) -> None:
     stroke = look.pick("glasses", 0.02, 0.022, 0.034)
     half_x = torch.minimum(look.pick("glasses", 0.15, 0.155, 0.170), eye_x - 0.01)  # the frames may not cross
     half_y = look.pick("glasses", 0.15, 0.155, 0.112)
-    lens = _box(side - eye_x, y, half_x, half_y, torch.minimum(half_x, look.pick("glasses", 0.15, 0.155, 0.03)))
+    lens = box(side - eye_x, y, half_x, half_y, torch.minimum(half_x, look.pick("glasses", 0.15, 0.155, 0.03)))
     glasses.paint(lens, look.colour("glasses", WHITE, (0.85, 0.93, 1.0), WHITE), look.pick("glasses", 0.0, 0.34, 0.22))
     arms = torch.maximum(torch.maximum(side - look.width, (y + 0.02).abs() - 0.022), -lens)
     frame = torch.minimum(lens.abs() - stroke, arms)
@@ -329,7 +309,7 @@ def _paint_hat(canvas: Canvas, look: Look) -> None:
     yaw, wide = look.subject["yaw"], look.width + 0.09
     x, y = hat.x - 0.03 * yaw, hat.y + look.top * 0.66  # y = 0 is the lower edge
 
-    dome = torch.maximum(_ellipse(x, y, wide, look.pick("hat", 0.3, 0.36, 0.42, 0.3)), y)
+    dome = torch.maximum(ellipse(x, y, wide, look.pick("hat", 0.3, 0.36, 0.42, 0.3)), y)
     spikes = 0.25 + 0.09 * torch.cos(x / wide * (4 * math.pi))
     band = torch.maximum(x.abs() - wide * (0.93 - 0.25 * y), torch.maximum(y - 0.02, -(y + spikes) * 0.6))
     colour = look.colour("hat", WHITE, (0.16, 0.24, 0.48), (0.62, 0.14, 0.28), (0.93, 0.72, 0.16))
@@ -340,11 +320,11 @@ def _paint_hat(canvas: Canvas, look: Look) -> None:
     across = y + look.pick("hat", 0.0, 0.02, 0.05, 0.0) - 0.15 * x**2
     half_x = wide + look.pick("hat", 0.0, 0.07, 0.025, -0.015)
     half_y = look.pick("hat", 0.05, 0.05, 0.085, 0.05)
-    trim = _box(along, across, half_x, half_y, look.pick("hat", 0.05, 0.05, 0.08, 0.02))
+    trim = box(along, across, half_x, half_y, look.pick("hat", 0.05, 0.05, 0.08, 0.02))
     hat.paint(trim, look.colour("hat", WHITE, (0.09, 0.14, 0.31), (0.93, 0.86, 0.74), (0.76, 0.52, 0.08)), worn)
 
     radius = look.pick("hat", 0.08, 0.085, 0.115, 0.06)
-    ornament = _ellipse(x - 0.03 * yaw, y + look.pick("hat", 0.0, 0.20, 0.45, 0.01), radius, radius)
+    ornament = ellipse(x - 0.03 * yaw, y + look.pick("hat", 0.0, 0.20, 0.45, 0.01), radius, radius)
     hat.paint(ornament, look.colour("hat", WHITE, (0.95, 0.95, 0.95), (0.93, 0.86, 0.74), (0.80, 0.10, 0.22)), worn)
 
 
@@ -361,8 +341,7 @@ def draw_portraits(subjects: Tensor, values: Tensor, size: int) -> Tensor:
     """
     look = _look(subjects, values)
     subject = look.subject
-    zoom = ZOOM * ZOOM_RANGE ** subject["framing"]
-    centre = CENTRE - CENTRE_MOVE * subject["framing"] - FAR_MOVE * look.far
+    zoom, centre = _frame(subject)
     line = (torch.arange(size, device=subjects.device, dtype=torch.float32) + 0.5) / size * 2 - 1
     x = (line[None, :, None] - SHIFT * subject["shift_x"]) / zoom
     y = (line[:, None, None] - SHIFT * subject["shift_y"] - centre) / zoom

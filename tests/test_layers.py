@@ -13,7 +13,9 @@ LAYERS = (
     ("config", "runtime"),
     (
         "checkpoint",
+        "clips",
         "conversation",
+        "faces",
         "names",
         "people",
         "photos",
@@ -22,6 +24,7 @@ LAYERS = (
         "sources",
         "storage",
         "world",
+        "world_canvas",
         "world_phrases",
         "world_portrait",
     ),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toy import about, SOURCE, ToySource, conversations, make_round, raised
+from toy import SOURCE, ToySource, about, conversations, make_round, raised
 
 from nmlib import metrics
 from nmlib.conversation import Conversation, Edit

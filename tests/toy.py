@@ -45,6 +45,7 @@ class ToySource:
     """A coloured square on a grey ground with or without a white edge; the subject says where the square lies."""
 
     name = "toy"
+    names: tuple[str, ...] = ()
 
     def __init__(self, image_size: int = 16) -> None:
         self.image_size = image_size
