@@ -7,9 +7,9 @@ of it; the contrastive loss (Radford et al. 2021) leaves those pairs out instead
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Generator, Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
@@ -40,9 +41,14 @@ class ComplianceError(ValueError):
 
 
 class ClipLosses(NamedTuple):
-    """`total` is the contrastive loss; `accuracy` the share of texts that score highest with their own picture."""
+    """`total` adds `contrast`, pictures and texts of a batch, and `choice`, one value against the others.
+
+    `accuracy` is the share of texts that score highest with a picture of which they are true.
+    """
 
     total: Tensor
+    contrast: Tensor
+    choice: Tensor
     accuracy: Tensor
 
 
@@ -108,6 +114,17 @@ def true_of(values: Tensor, named: Tensor) -> Tensor:
     return (agree | ~named[:, None]).all(2)  # (B, B)
 
 
+def list_choices(rng: random.Random, source: Source, split: str) -> list[str]:
+    """A text for every value of every attribute that shows, in order, each of which names nothing else."""
+    states, named = [], []
+    for place in visible(source):
+        row = torch.arange(len(source.attributes)) == place  # (A,)
+        for value in range(len(source.attributes[place].values)):
+            states.append(row * value)
+            named.append(row)
+    return describe(rng, source, torch.stack(states), torch.stack(named), split)
+
+
 def change_one(rng: random.Random, source: Source, values: Tensor, named: Tensor) -> Tensor:
     """States (B, A) in which one attribute of those `named` (B, A) has another value."""
     changed = values.clone()
@@ -161,6 +178,12 @@ def new_clip(settings: ClipModelConfig, tokenizer: PreTrainedTokenizerBase, imag
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=settings.projection_dim))
 
 
+def _unit(found: BaseModelOutputWithPooling) -> Tensor:
+    """Unit vectors (B, E) of what a tower found."""
+    assert found.pooler_output is not None
+    return F.normalize(found.pooler_output.float(), dim=1)  # (B, E)
+
+
 def contrastive_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Symmetric cross-entropy of finding a text's picture and a picture's text, without false negatives.
 
@@ -172,6 +195,20 @@ def contrastive_loss(logits: Tensor, truth: Tensor) -> Tensor:
     kept = logits.masked_fill(skipped, float("-inf"))  # (B, B)
     right = torch.arange(len(kept), device=kept.device)
     return (F.cross_entropy(kept, right) + F.cross_entropy(kept.T, right)) / 2
+
+
+def choice_loss(logits: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Cross-entropy of finding each attribute's value among all its values.
+
+    A batch seldom holds two pictures that differ in a small feature alone; without this, those are learned last.
+
+    Args:
+        logits: (B, V), picture by text of one value, attribute after attribute.
+        values: (B, A) states.
+        sizes: number of values of each of the A attributes, V in all.
+    """
+    parts = zip(logits.split(list(sizes), dim=1), values.T, strict=True)  # A x (B, size), (B,)
+    return torch.stack([F.cross_entropy(part, right) for part, right in parts]).mean()
 
 
 class ClipTrainer(nn.Module):
@@ -186,23 +223,29 @@ class ClipTrainer(nn.Module):
         super().__init__()
         self.tokenizer = build_tokenizer(source.attributes)
         self.clip = new_clip(settings, self.tokenizer, source.image_size)
+        self.sizes = [len(source.attributes[place].values) for place in visible(source)]
 
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, truth: Tensor) -> ClipLosses:
+    def forward(
+        self, images: Tensor, texts: Mapping[str, Tensor], truth: Tensor, choices: Mapping[str, Tensor], values: Tensor
+    ) -> ClipLosses:
         """Loss of a batch.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            input_ids: (B, T) the texts, text i describes picture i.
-            attention_mask: (B, T) 1 on words, 0 on padding.
+            texts: `input_ids` and `attention_mask` (B, T) of descriptions, row i of picture i.
             truth: (B, B) bool, see `true_of`.
+            choices: the same (V, T) of a text for every value, see `list_choices`.
+            values: (B, A) states in the attributes that show.
         """
-        found = self.clip(input_ids=input_ids, attention_mask=attention_mask, pixel_values=images * 2 - 1)
         scale = self.clip.logit_scale.exp().clamp(max=MAX_SCALE)
-        logits = scale * (found.text_embeds.float() @ found.image_embeds.float().T)  # (B, B)
+        pictures = _unit(self.clip.get_image_features(images * 2 - 1))  # (B, E)
+        logits = scale * (_unit(self.clip.get_text_features(**texts)) @ pictures.T)  # (B, B)
+        against = scale * (pictures @ _unit(self.clip.get_text_features(**choices)).T)  # (B, V)
+        contrast, choice = contrastive_loss(logits, truth), choice_loss(against, values, self.sizes)
         best = truth.gather(1, logits.argmax(1, keepdim=True))  # (B, 1)
-        return ClipLosses(contrastive_loss(logits, truth), best.float().mean())
+        return ClipLosses(contrast + choice, contrast, choice, best.float().mean())
 
-    def batch(self, source: Source, count: int, generator: Generator, rng: random.Random) -> dict[str, Tensor]:
+    def batch(self, source: Source, count: int, generator: Generator, rng: random.Random) -> dict[str, Any]:
         """What `forward` takes: `count` pictures of training subjects with training texts, in pairs of near twins.
 
         Two pictures of a pair differ in one attribute that their texts name, so that every picture meets a text that
@@ -214,12 +257,12 @@ class ClipTrainer(nn.Module):
         values = torch.cat([values, change_one(rng, source, values, named)])[:count]  # (B, A)
         subjects, named = subjects.repeat(2, 1)[:count], named.repeat(2, 1)[:count]  # (B, S), (B, A)
         texts = [strew(rng, text) for text in describe(rng, source, values, named, "train")]
-        words = self.tokenizer(texts, padding=True, return_tensors="pt")
         return {
             "images": source.render(subjects, values),
-            "input_ids": words["input_ids"],
-            "attention_mask": words["attention_mask"],
+            "texts": self.tokenizer(texts, padding=True, return_tensors="pt"),
             "truth": true_of(values, named),
+            "choices": self.tokenizer(list_choices(rng, source, "train"), padding=True, return_tensors="pt"),
+            "values": values[:, visible(source)],
         }
 
     def save(self, folder: Path) -> None:
@@ -289,8 +332,8 @@ class ClipScorer:
         for part in images.split(CHUNK):
             pixels = list((part * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy())
             ready = self._prepare(pixels, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
-            vectors.append(self._clip.get_image_features(ready.to(self._clip.device)).pooler_output)
-        return F.normalize(torch.cat(vectors).float(), dim=1).cpu()  # (B, E)
+            vectors.append(_unit(self._clip.get_image_features(ready.to(self._clip.device))).cpu())
+        return torch.cat(vectors)  # (B, E)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -306,12 +349,9 @@ class ClipScorer:
             if int(lengths.max()) > limit:
                 long = texts[start + int(lengths.argmax())]
                 raise ComplianceError(f"text {long!r} has {int(lengths.max())} tokens, this CLIP reads {limit}; cut it")
-            features = self._clip.get_text_features(
-                input_ids=words["input_ids"].to(self._clip.device),
-                attention_mask=words["attention_mask"].to(self._clip.device),
-            )
-            vectors.append(features.pooler_output)
-        return F.normalize(torch.cat(vectors).float(), dim=1).cpu()  # (B, E)
+            inputs = {key: words[key].to(self._clip.device) for key in ("input_ids", "attention_mask")}
+            vectors.append(_unit(self._clip.get_text_features(**inputs)).cpu())
+        return torch.cat(vectors)  # (B, E)
 
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Cosine of each picture with its text.

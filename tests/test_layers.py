@@ -22,9 +22,9 @@ LAYERS = (
         "world_phrases",
         "world_portrait",
     ),
-    ("data", "detokenizer", "identity", "layout", "resampler", "rollback", "vision"),
+    ("compliance", "data", "detokenizer", "identity", "layout", "resampler", "rollback", "vision"),
     ("cache", "mllm"),
-    ("curriculum", "train"),
+    ("curriculum", "judges", "train"),
     ("chat", "experiments", "metrics", "quality"),
     ("__main__", "book", "diagrams", "pipeline", "plots", "steps", "terminal", "widgets"),
 )
