@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from nmlib import data, phrases, runtime
+from nmlib import data, phrases, prompts, runtime
 from nmlib.config import ClipModelConfig
 from nmlib.runtime import atomic_folder
 from nmlib.sources import Attribute, Source
@@ -29,7 +29,6 @@ from nmlib.sources import Attribute, Source
 # CLIPModel reads a text at its first `</s>`, but takes the id 2 for a sign of an old faulty file: `</s>` is not 2.
 PAD, BOS, UNK, EOS = "<pad>", "<s>", "<unk>", "</s>"
 MAX_WORDS = 64
-MAX_NAMED = 4
 MAX_STRANGE = 2  # words that mean nothing to it, strewn into a text it learns from
 MAX_SCALE = 100.0
 CHUNK = 256
@@ -52,87 +51,12 @@ class ClipLosses(NamedTuple):
     accuracy: Tensor
 
 
-# ---------------------------------------------------------------------------------------------------------
-# texts
-
-
-def visible(source: Source) -> list[int]:
-    """Positions of the attributes that a single picture shows."""
-    return [place for place, attribute in enumerate(source.attributes) if not attribute.relative]
-
-
-def draw_named(rng: random.Random, source: Source, count: int) -> Tensor:
-    """Which attributes each of `count` texts names: one to MAX_NAMED of those that show, (B, A) bool."""
-    places = visible(source)
-    named = torch.zeros(count, len(source.attributes), dtype=torch.bool)
-    for row in named:
-        row[rng.sample(places, rng.randint(1, min(MAX_NAMED, len(places))))] = True
-    return named  # (B, A)
-
-
-def describe(rng: random.Random, source: Source, values: Tensor, named: Tensor, split: str) -> list[str]:
-    """A description of each state that names some of its attributes, in any order.
-
-    Args:
-        rng: source of randomness.
-        source: gives attributes and phrases.
-        values: (B, A) states.
-        named: (B, A) bool, at least one in each row.
-        split: of the phrasing, see `phrases.draw`.
-
-    Returns:
-        B texts, for example `a picture with the smile and a blue wall`.
-    """
-    texts = []
-    for state, wanted in zip(values.tolist(), named, strict=True):
-        places = wanted.nonzero().flatten().tolist()
-        rng.shuffle(places)
-        attributes, told = [source.attributes[place] for place in places], [state[place] for place in places]
-        texts.append(phrases.draw(lambda a=attributes, v=told: phrases.describe_sentence(rng, a, v), split))
-    return texts
-
-
 def strew(rng: random.Random, text: str) -> str:
     """A text with words of no meaning at random places, so that a prompt may hold words that were never learned."""
     words = text.split()
     for _ in range(rng.randint(0, MAX_STRANGE)):
         words.insert(rng.randint(0, len(words)), UNK)
     return " ".join(words)
-
-
-def true_of(values: Tensor, named: Tensor) -> Tensor:
-    """Which texts are true of which pictures of a batch.
-
-    Args:
-        values: (B, A) states of the pictures.
-        named: (B, A) bool, the attributes that text i names of picture i.
-
-    Returns:
-        (B, B) bool, text by picture: all that text i names is so in picture j. The diagonal is True.
-    """
-    agree = values[:, None] == values[None]  # (B, B, A)
-    return (agree | ~named[:, None]).all(2)  # (B, B)
-
-
-def list_choices(rng: random.Random, source: Source, split: str) -> list[str]:
-    """A text for every value of every attribute that shows, in order, each of which names nothing else."""
-    states, named = [], []
-    for place in visible(source):
-        row = torch.arange(len(source.attributes)) == place  # (A,)
-        for value in range(len(source.attributes[place].values)):
-            states.append(row * value)
-            named.append(row)
-    return describe(rng, source, torch.stack(states), torch.stack(named), split)
-
-
-def change_one(rng: random.Random, source: Source, values: Tensor, named: Tensor) -> Tensor:
-    """States (B, A) in which one attribute of those `named` (B, A) has another value."""
-    changed = values.clone()
-    for row, wanted in enumerate(named):
-        place = rng.choice(wanted.nonzero().flatten().tolist())
-        step = rng.randrange(1, len(source.attributes[place].values))
-        changed[row, place] = (values[row, place] + step) % len(source.attributes[place].values)
-    return changed  # (B, A)
 
 
 def build_tokenizer(attributes: Sequence[Attribute]) -> PreTrainedTokenizerFast:
@@ -223,7 +147,7 @@ class ClipTrainer(nn.Module):
         super().__init__()
         self.tokenizer = build_tokenizer(source.attributes)
         self.clip = new_clip(settings, self.tokenizer, source.image_size)
-        self.sizes = [len(source.attributes[place].values) for place in visible(source)]
+        self.sizes = [len(source.attributes[place].values) for place in prompts.visible(source)]
 
     def forward(
         self, images: Tensor, texts: Mapping[str, Tensor], truth: Tensor, choices: Mapping[str, Tensor], values: Tensor
@@ -233,8 +157,8 @@ class ClipTrainer(nn.Module):
         Args:
             images: (B, 3, H, W) in [0, 1].
             texts: `input_ids` and `attention_mask` (B, T) of descriptions, row i of picture i.
-            truth: (B, B) bool, see `true_of`.
-            choices: the same (V, T) of a text for every value, see `list_choices`.
+            truth: (B, B) bool, see `prompts.true_of`.
+            choices: the same (V, T) of a text for every value, see `prompts.list_choices`.
             values: (B, A) states in the attributes that show.
         """
         scale = self.clip.logit_scale.exp().clamp(max=MAX_SCALE)
@@ -253,16 +177,18 @@ class ClipTrainer(nn.Module):
         """
         half = (count + 1) // 2
         subjects, values = source.sample_subjects(half, "train", generator), data.sample_values(source, half, generator)
-        named = draw_named(rng, source, half)  # (B/2, A)
-        values = torch.cat([values, change_one(rng, source, values, named)])[:count]  # (B, A)
+        named = prompts.draw_named(rng, source, half)  # (B/2, A)
+        values = torch.cat([values, prompts.change(rng, source, values, prompts.pick_one(rng, named))])[
+            :count
+        ]  # (B, A)
         subjects, named = subjects.repeat(2, 1)[:count], named.repeat(2, 1)[:count]  # (B, S), (B, A)
-        texts = [strew(rng, text) for text in describe(rng, source, values, named, "train")]
+        texts = [strew(rng, text) for text in prompts.describe(rng, source, values, named, "train")]
         return {
             "images": source.render(subjects, values),
             "texts": self.tokenizer(texts, padding=True, return_tensors="pt"),
-            "truth": true_of(values, named),
-            "choices": self.tokenizer(list_choices(rng, source, "train"), padding=True, return_tensors="pt"),
-            "values": values[:, visible(source)],
+            "truth": prompts.true_of(values, named),
+            "choices": self.tokenizer(prompts.list_choices(rng, source, "train"), padding=True, return_tensors="pt"),
+            "values": values[:, prompts.visible(source)],
         }
 
     def save(self, folder: Path) -> None:

@@ -19,7 +19,6 @@ from nmlib.config import (
     DataConfig,
     DetokenizerConfig,
     ModelConfig,
-    OptimConfig,
     Params,
     Settings,
     StageConfig,

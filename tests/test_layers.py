@@ -16,6 +16,7 @@ LAYERS = (
         "conversation",
         "photos",
         "phrases",
+        "prompts",
         "records",
         "sources",
         "world",
