@@ -103,6 +103,24 @@ class IdentityConfig(Settings):
     optim: OptimConfig
 
 
+class ClipModelConfig(Settings):
+    """The small CLIP that judges whether a picture shows what a text says; `width` and `heads` are of both towers."""
+
+    patch_size: Count
+    width: Count
+    heads: Count
+    vision_layers: Count
+    text_layers: Count
+    projection_dim: Count
+    optim: OptimConfig
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ClipModelConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
 class DataConfig(Settings):
     """Conversations to build.
 
@@ -238,6 +256,7 @@ class Params(Settings):
     vision: VisionConfig
     detokenizer: DetokenizerConfig
     identity: IdentityConfig
+    clip: ClipModelConfig | None = None
     data: dict[Literal["base", "markov", "rollback", "deep"], DataConfig]
     people: dict[str, PeopleConfig] = Field(default_factory=dict)
     model: ModelConfig
@@ -259,9 +278,9 @@ class Params(Settings):
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Params":
         size = self.source.image_size
-        for part in ("vision", "detokenizer"):
-            patch = getattr(self, part).patch_size
-            if size % patch:
+        for part in ("vision", "detokenizer", "clip"):
+            settings = getattr(self, part)
+            if settings is not None and size % (patch := settings.patch_size):
                 raise ValueError(f"{part}.patch_size {patch} does not divide source.image_size {size}")
         longest = max(
             [

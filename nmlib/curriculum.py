@@ -5,7 +5,7 @@ its meaning. Each result is one file in the run folder whose metadata rebuilds i
 and the same code have made is left as it is, so that a notebook can run again without training again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from nmlib import checkpoint, config, data, layout, rollback, runtime, train
+from nmlib import checkpoint, data, layout, rollback, train
 from nmlib.config import (
     DataConfig,
     DetokenizerConfig,
     ModelConfig,
-    OptimConfig,
     Params,
     Settings,
     StageConfig,
@@ -27,40 +26,15 @@ from nmlib.config import (
 )
 from nmlib.conversation import Conversation
 from nmlib.detokenizer import Detokenizer
-from nmlib.identity import ArcFaceTrainer, export_onnx
 from nmlib.layout import Template
 from nmlib.mllm import HistoryMLLM
 from nmlib.runtime import Run
 from nmlib.sources import Source, attribute_sizes
+from nmlib.train import History
 from nmlib.vision import EncoderTrainer, VisionTransformer
 
 M = TypeVar("M", bound=nn.Module)
 CONTENT_FIRST = 12.0  # times as often as another reference, while content comes first
-History = list[dict[str, float]]
-
-
-def _run_training(
-    run: Run,
-    name: str,
-    module: nn.Module,
-    batch_at: Callable[[int], dict[str, Any]],
-    optim: OptimConfig,
-    seed: int,
-    settings: Iterable[Settings],
-) -> History:
-    """Train, or go on with a training that was interrupted under the same settings."""
-    history = train.fit(
-        module,
-        batch_at,
-        optim,
-        run.path("training", name),
-        seed=seed,
-        precision=run.params.precision,
-        title=name,
-        key="-".join(config.digest(part) for part in settings),
-    )
-    run.log("trained", name=name, steps=optim.steps, **{f"final_{k}": v for k, v in history[-1].items()})
-    return history
 
 
 def _finish(run: Run, name: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -70,9 +44,8 @@ def _finish(run: Run, name: str, tensors: dict[str, Tensor], metadata: dict[str,
 
 
 def _key(run: Run, seed: int, *settings: Settings) -> str:
-    """Identifies what a training gives: all that it depends on is in its settings, its seed and this code."""
-    parts = [config.digest(part) for part in (run.params.source, run.params.vision, *settings)]
-    return "-".join([*parts, run.params.precision, str(run.params.seed + seed), runtime.library_digest("curriculum")])
+    """Identifies what a training gives that reads the encoder, or is it."""
+    return train.training_key(run, "curriculum", seed, run.params.source, run.params.vision, *settings)
 
 
 def _made(path: Path, key: str) -> History | None:
@@ -95,7 +68,7 @@ def train_encoder(run: Run, source: Source) -> History:
         subjects, values, images = data.sample_pictures(source, optim.batch_size, "train", generator)
         return {"images": images, "values": values, "subjects": subjects}
 
-    history = _run_training(run, "encoder", module, batch_at, optim, params.seed, (params.source, params.vision))
+    history = train.run_training(run, "encoder", module, batch_at, optim, params.seed, (params.source, params.vision))
     metadata = {
         "settings": params.vision.model_dump(mode="json"),
         "image_size": params.source.image_size,
@@ -131,7 +104,7 @@ def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> H
             return {"tokens": encoder(images), "images": images}
 
     settings = (params.source, params.vision, params.detokenizer)
-    history = _run_training(run, "detokenizer", module, batch_at, optim, params.seed, settings)
+    history = train.run_training(run, "detokenizer", module, batch_at, optim, params.seed, settings)
     metadata = {
         "settings": params.detokenizer.model_dump(mode="json"),
         "image_size": params.source.image_size,
@@ -271,7 +244,7 @@ def train_stage(run: Run, name: str, source: Source, features: data.Conversation
         model.add_lora()
 
     batch_at = stage_batches(params, stage, source, features, template, params.seed + seed)
-    history = _run_training(
+    history = train.run_training(
         run, result, model, batch_at, stage.optim, params.seed + seed, [params.source, params.vision, *parts]
     )
     if stage.trainable == "lora":
@@ -318,28 +291,3 @@ def _json(value: Any) -> str:
     import json
 
     return json.dumps(value)
-
-
-def train_identity(run: Run, source: Source) -> History:
-    """Train the subject embedder on its own subjects; writes `identity.onnx`, which insightface loads."""
-    params, settings = run.params, run.params.identity
-    result, key = run.path("training", "identity", "result.json"), _key(run, 0, settings)
-    if result.exists() and run.path("identity.onnx").exists() and (made := runtime.read_json(result))["key"] == key:
-        return made["history"]
-    generator = data.step_generator(params.seed + 5, 0)
-    people = source.sample_subjects(settings.identities, "train", generator)  # (K, S)
-    torch.manual_seed(params.seed)
-    module = ArcFaceTrainer(settings, params.source.image_size)
-
-    def batch_at(step: int) -> dict[str, Any]:
-        chance = data.step_generator(params.seed + 6, step)
-        labels = torch.randint(len(people), (settings.optim.batch_size,), generator=chance)  # (B,)
-        subjects = source.other_view(people[labels], chance)  # (B, S)
-        images = source.render(subjects, data.sample_values(source, len(labels), chance))  # (B, 3, H, W)
-        return {"images": images, "labels": labels, "step": step}
-
-    history = _run_training(run, "identity", module, batch_at, settings.optim, params.seed, (params.source, settings))
-    export_onnx(module.embedder, run.path("identity.onnx"))
-    runtime.write_json(result, {"key": key, "history": history})
-    run.path("training", "identity", "progress.safetensors").unlink(missing_ok=True)
-    return history

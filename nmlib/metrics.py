@@ -82,6 +82,24 @@ def _nearest(prediction: Tensor, candidates: Tensor) -> int:
     return int((candidates - prediction).square().mean((1, 2)).argmin())
 
 
+def _read_state(
+    prediction: Tensor,
+    subject: tuple[float, ...],
+    truth: tuple[int, ...],
+    places: Sequence[int],
+    candidates: Candidates,
+) -> Tensor:
+    """Whether each attribute in `places` is right in one prediction (N, D), (len(places),) bool."""
+    sizes = [attribute_sizes(candidates.source)[place] for place in places]
+    states = [
+        (subject, (*truth[:place], value, *truth[place + 1 :]))
+        for place, size in zip(places, sizes, strict=True)
+        for value in range(size)
+    ]
+    parts = candidates.features(states).split(sizes)  # len(places) x (size, N, D)
+    return torch.tensor([_nearest(prediction, part) == truth[place] for place, part in zip(places, parts, strict=True)])
+
+
 def read_attributes(
     predictions: Tensor, conversations: Sequence[Conversation], index: int, candidates: Candidates
 ) -> Tensor:
@@ -98,19 +116,54 @@ def read_attributes(
     Returns:
         (B, A) bool.
     """
-    sizes = attribute_sizes(candidates.source)
-    right = torch.zeros(len(conversations), len(sizes), dtype=torch.bool)
-    for row, conversation in enumerate(conversations):
+    every = range(len(candidates.source.attributes))
+    rows = []
+    for prediction, conversation in zip(predictions, conversations, strict=True):
         truth, subject = _truth(conversation, index)
-        states = [
-            (subject, (*truth[:place], value, *truth[place + 1 :]))
-            for place, size in enumerate(sizes)
-            for value in range(size)
-        ]
-        parts = candidates.features(states).split(sizes)  # A x (size, N, D)
-        for place, part in enumerate(parts):
-            right[row, place] = _nearest(predictions[row], part) == truth[place]
-    return right
+        rows.append(_read_state(prediction, subject, truth, every, candidates))
+    return torch.stack(rows)  # (B, A)
+
+
+def pixel_rows(images: Tensor) -> Tensor:
+    """Pictures as they are, in the form of features: (B, 3, H, W) -> (B, H, 3*W), for candidates in pixel space."""
+    return images.transpose(1, 2).flatten(2)  # (B, H, 3*W)
+
+
+def attribute_compliance(
+    predictions: Tensor, subjects: Tensor, values: Tensor, named: Tensor, candidates: Candidates
+) -> Tensor:
+    """Whether each attribute that a prompt names is as it asks, by exact candidates.
+
+    For each named attribute all its values are drawn on the asked state; the nearest one is what the picture shows.
+    In token space `predictions` are the model's tokens; in pixel space they are `candidates.encode(pictures)` with
+    `pixel_rows` as the candidates' encoding.
+
+    Args:
+        predictions: (B, N, D).
+        subjects: (B, S) who is shown, and in which view.
+        values: (B, A) the asked states; of an attribute that is not named, what the picture has there.
+        named: (B, A) bool, what the prompt names.
+        candidates: draws and encodes.
+
+    Returns:
+        (B, A) float: 1 where a named attribute is right, 0 where it is not, NaN where it is not named.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    count, width = len(predictions), len(candidates.source.attributes)
+    if values.shape != (count, width) or named.shape != (count, width) or len(subjects) != count:
+        raise ValueError(
+            f"{count} predictions with subjects {tuple(subjects.shape)}, values {tuple(values.shape)} and named "
+            f"{tuple(named.shape)}; expected ({count}, S) and twice ({count}, {width})"
+        )
+    right = torch.full((count, width), float("nan"))
+    for row in range(count):
+        places = named[row].nonzero().flatten().tolist()
+        subject, truth = tuple(subjects[row].tolist()), tuple(values[row].tolist())
+        if places:
+            right[row, places] = _read_state(predictions[row], subject, truth, places, candidates).float()
+    return right  # (B, A)
 
 
 def _truth(conversation: Conversation, index: int) -> tuple[tuple[int, ...], tuple[float, ...]]:

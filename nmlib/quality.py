@@ -1,15 +1,20 @@
-"""How good the parts are before any conversation: encoder, detokenizer and the measure of identity.
+"""How good the parts are before any conversation: encoder, detokenizer, and the measures of identity and compliance.
 
 Everything is measured on held-out subjects, with records.
 """
 
+import random
+from typing import NamedTuple
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from skimage.filters import gaussian
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from nmlib import data, metrics
+from nmlib import data, metrics, prompts
+from nmlib.compliance import ClipScorer
 from nmlib.detokenizer import Detokenizer
 from nmlib.identity import FaceEmbedder
 from nmlib.records import write_record
@@ -20,6 +25,7 @@ from nmlib.vision import VisionTransformer
 MODULES = ("quality",)
 PROBE_TRAIN, PROBE_TEST = 4000, 1000
 SEED = 70_000
+NOISE, BLUR = (0.05, 0.1, 0.2, 0.4), (0.5, 1.0, 2.0, 4.0)  # standard deviations: of a channel, in 48ths of the side
 
 
 @torch.no_grad()
@@ -135,4 +141,116 @@ def identity_table(run: Run, source: Source, embedder: FaceEmbedder, count: int 
     similarity = F.normalize(embedder(views[0])) @ F.normalize(embedder(views[1])).T  # (B, B)
     rows = [{"pair": "same", "similarity": float(value)} for value in similarity.diag()]
     rows += [{"pair": "other", "similarity": float(value)} for value in similarity.roll(1, 1).diag()]
+    return pd.DataFrame(rows)
+
+
+def corrupted(images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Pictures (B, 3, H, W) under graded corruption, by name: Gaussian noise and Gaussian blur of NOISE and BLUR."""
+    noise = torch.randn(images.shape, generator=generator)
+    spoiled = {f"noise {level}": (images + level * noise).clamp(0, 1) for level in NOISE}
+    return spoiled | {f"blur {level}": _blurred(images, level * images.shape[-1] / 48) for level in BLUR}
+
+
+def _blurred(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (B, 3, H, W) with a standard deviation in pixels; what lies outside repeats the border."""
+    blurred = gaussian(images.numpy(), (0, 0, sigma, sigma), mode="nearest", preserve_range=True)
+    return torch.from_numpy(blurred)
+
+
+class KnownPairs(NamedTuple):
+    """Held-out pictures with texts that are true of them, and with the same in which one attribute is not."""
+
+    subjects: Tensor
+    values: Tensor
+    named: Tensor
+    wrong: Tensor  # (B, A) states of the wrong texts
+    images: Tensor
+    right_texts: list[str]
+    wrong_texts: list[str]
+
+
+def known_pairs(source: Source, count: int, seed: int = SEED + 4) -> KnownPairs:
+    """Draw `count` known pairs of a source."""
+    rng = random.Random(seed)
+    subjects, values, images = data.sample_pictures(source, count, "heldout", data.step_generator(seed, 0))
+    named = prompts.draw_named(rng, source, count)  # (B, A)
+    wrong = prompts.change(rng, source, values, prompts.pick_one(rng, named))  # (B, A)
+    texts = [prompts.describe(rng, source, states, named, "any") for states in (values, wrong)]
+    return KnownPairs(subjects, values, named, wrong, images, *texts)
+
+
+def clip_card(scorer: ClipScorer, source: Source, count: int = 512) -> pd.DataFrame:
+    """What the CLIP score says of known answers, on held-out subjects.
+
+    Args:
+        scorer: the CLIP.
+        source: draws the pictures; its phrases are the texts.
+        count: pictures.
+
+    Returns:
+        One row for each case with `case`, the `mean` and `std` of the score, and `below`, the share of pictures that
+        score below their own picture with its right text. Cases: the right text; one attribute that it names, or all
+        of them, changed; another person who looks as the text says; graded noise and blur.
+    """
+    pairs, rng = known_pairs(source, count), random.Random(SEED + 5)
+    unlike = prompts.change(rng, source, pairs.values, pairs.named)  # (B, A)
+    others = source.render(pairs.subjects.roll(1, 0), pairs.values)  # (B, 3, H, W)
+    scores = {
+        "right text": scorer.score(pairs.images, pairs.right_texts),
+        "one attribute wrong": scorer.score(pairs.images, pairs.wrong_texts),
+        "all attributes wrong": scorer.score(pairs.images, prompts.describe(rng, source, unlike, pairs.named, "any")),
+        "another person": scorer.score(others, pairs.right_texts),
+    }
+    spoiled = corrupted(pairs.images, data.step_generator(SEED + 6, 0))
+    scores |= {case: scorer.score(images, pairs.right_texts) for case, images in spoiled.items()}
+    right = scores["right text"]
+    rows = [
+        {
+            "case": case,
+            "mean": float(found.mean()),
+            "std": float(found.std()),
+            "below": float((found < right).float().mean()),
+        }
+        for case, found in scores.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def clip_table(run: Run, source: Source, scorer: ClipScorer, count: int = 512) -> pd.DataFrame:
+    """`clip_card`; the AUROC of right texts against those with one attribute changed becomes a record."""
+    count = count if run.params.meaningful else count // 16
+    pairs = known_pairs(source, count)
+    auroc = scorer.auroc(pairs.images, pairs.right_texts, pairs.wrong_texts)
+    write_record(run, "metric.clip.auroc", auroc, n=count, unit="share", modules=MODULES)
+    return clip_card(scorer, source, count)
+
+
+@torch.no_grad()
+def compliance_card(source: Source, encode: metrics.Encode, count: int = 256) -> pd.DataFrame:
+    """What exact attribute compliance says of known answers, on held-out subjects.
+
+    Args:
+        source: draws the pictures.
+        encode: pictures (B, 3, H, W) -> (B, N, D): the encoder, or `metrics.pixel_rows` for pixel space.
+        count: pictures.
+
+    Returns:
+        One row for each case with `case`, `compliance`, the share of named attributes that are right, and `all`, the
+        share of pictures in which all named ones are. Cases: what was asked; one named attribute changed; the same
+        person in another view; another person; graded noise and blur.
+    """
+    pairs, candidates = known_pairs(source, count), metrics.Candidates(source, encode)
+    generator = data.step_generator(SEED + 6, 0)
+    cases = {
+        "as asked": pairs.images,
+        "one attribute wrong": source.render(pairs.subjects, pairs.wrong),
+        "another view": source.render(source.other_view(pairs.subjects, generator), pairs.values),
+        "another person": source.render(pairs.subjects.roll(1, 0), pairs.values),
+        **corrupted(pairs.images, generator),
+    }
+    rows = []
+    for case, images in cases.items():
+        right = metrics.attribute_compliance(encode(images), pairs.subjects, pairs.values, pairs.named, candidates)
+        complete = right.nan_to_num(1.0).all(1).float()  # (B,)
+        rows.append({"case": case, "compliance": float(right.nanmean()), "all": float(complete.mean())})
     return pd.DataFrame(rows)

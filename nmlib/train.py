@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from nmlib import checkpoint, config, runtime
-from nmlib.config import OptimConfig
+from nmlib.config import OptimConfig, Settings
+from nmlib.runtime import Run
 
 LOG_EVERY = 10
+History = list[dict[str, float]]
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -187,3 +189,50 @@ def _log(writer: SummaryWriter, step: int, losses: Any, optim: OptimConfig) -> d
     for name, value in record.items():
         writer.add_scalar(name, value, step)
     return record
+
+
+def training_key(run: Run, module: str, seed: int, *settings: Settings) -> str:
+    """Identifies what a training gives: all that it depends on is in its settings, its seed and the code of a module.
+
+    Args:
+        run: gives precision and the first seed.
+        module: of the library; it and all that it imports count.
+        seed: added to the run's seed.
+        settings: everything the training reads.
+    """
+    parts = [config.digest(part) for part in settings]
+    return "-".join([*parts, run.params.precision, str(run.params.seed + seed), runtime.library_digest(module)])
+
+
+def run_training(
+    run: Run,
+    name: str,
+    module: nn.Module,
+    batch_at: Callable[[int], dict[str, Any]],
+    optim: OptimConfig,
+    seed: int,
+    settings: Iterable[Settings],
+) -> History:
+    """Train, or go on with a training that was interrupted under the same settings; see `fit`.
+
+    Args:
+        run: takes the training's own files in `training/<name>`, and a line in its log.
+        name: of the result.
+        module: trained in place.
+        batch_at: step -> batch.
+        optim: length and schedule.
+        seed: order of data and noise.
+        settings: everything else that the training depends on.
+    """
+    history = fit(
+        module,
+        batch_at,
+        optim,
+        run.path("training", name),
+        seed=seed,
+        precision=run.params.precision,
+        title=name,
+        key="-".join(config.digest(part) for part in settings),
+    )
+    run.log("trained", name=name, steps=optim.steps, **{f"final_{k}": v for k, v in history[-1].items()})
+    return history

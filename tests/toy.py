@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Generator, Tensor, nn
 
-from nmlib import curriculum, layout, rollback, train
+from nmlib import curriculum, judges, layout, rollback, train
 from nmlib.chat import System
 from nmlib.config import DetokenizerConfig, ModelConfig, OptimConfig, VisionConfig
 from nmlib.conversation import Conversation, Edit, Kind, Reference, Round
@@ -257,7 +257,7 @@ def train_everything(folder: Path) -> Trained:
         patch.setattr(train, "fit", noted)
         curriculum.train_encoder(made.run, SOURCE)
         curriculum.train_detokenizer(made.run, SOURCE, curriculum.load_encoder(made.run))
-        curriculum.train_identity(made.run, SOURCE)
+        judges.train_identity(made.run, SOURCE)
         made.features = {name: features_of(made.run, name) for name in ("base", "rollback")}
         for stage in made.run.params.stages:
             curriculum.train_stage(made.run, stage.name, SOURCE, made.features[stage.data])
