@@ -7,13 +7,15 @@ all. Its metadata is JSON: the settings the weights belong to, and whatever a tr
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nmlib.runtime import atomic_path
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class CheckpointError(RuntimeError):
@@ -71,3 +73,15 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> N
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise CheckpointError(f"{where}: does not fit {type(module).__name__}: {shown}")
     module.load_state_dict(dict(tensors), strict=True)
+
+
+def freeze(module: M, tensors: Mapping[str, Tensor], path: Path) -> M:
+    """The module with the tensors of a file, in evaluation mode and without gradients."""
+    load_into(module, tensors, str(path))
+    module.eval().requires_grad_(False)
+    return module
+
+
+def as_json(value: Any) -> str:
+    """Settings as they stand in a checkpoint's metadata, for a strict settings class to read."""
+    return json.dumps(value)

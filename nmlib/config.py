@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -28,9 +28,9 @@ class Settings(BaseModel):
 
 
 class SourceConfig(Settings):
-    """Which pictures: the portrait world, the same with framing and pose to ask for, or crops of photographs."""
+    """Which pictures: the portrait world or crops of photographs."""
 
-    kind: Literal["world", "people", "photos"]
+    kind: Literal["world", "photos"]
     image_size: Annotated[int, Field(ge=16, le=1024, description="pixels a side")]
 
 
@@ -126,7 +126,8 @@ class DataConfig(Settings):
 
     `rounds` lists the lengths to draw from; `max_depth` bounds rollbacks, except that those which name their base
     (by number, content, or as the start) reach back `named_depth` rounds where it is given. `content_weight` says how
-    many times more often a reference by content is drawn, where there is one, than each other kind.
+    many times more often a reference by content is drawn, where there is one, than each other kind. With `view`, the
+    framing and pose of people are said and edited as well.
     """
 
     conversations: Count
@@ -136,6 +137,7 @@ class DataConfig(Settings):
     named_depth: Count | None = None
     describe_share: Fraction = 0.25
     content_weight: Positive = 3.0
+    view: bool = False
 
 
 class PeopleConfig(Settings):
@@ -145,7 +147,8 @@ class PeopleConfig(Settings):
     stages): `same` the very picture of the introduction; `masked` the whole person, of whom the introduction shows
     the face alone; `paired` the person in another view. The base of a recall lies at most `max_delay` rounds back.
     Shares are of rounds, but `describe_share` of introductions and `full_body_share` of `paired` recalls. With a
-    `look_alike_distance` the people of a conversation differ by that much in their identity numbers.
+    `look_alike_distance` the people of a conversation differ by that much in their identity numbers. A token inside a
+    face counts `face_weight` times in the loss.
     """
 
     conversations: Count
@@ -160,6 +163,7 @@ class PeopleConfig(Settings):
     describe_share: Fraction = 0.1
     full_body_share: Fraction = 0.2
     look_alike_distance: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    face_weight: Annotated[float, Field(ge=1.0)] = 2.0
 
     @model_validator(mode="after")
     def _shares_fit(self) -> "PeopleConfig":
@@ -215,23 +219,32 @@ class StageConfig(Settings):
 
     `start` names the stage whose weights it continues from (none: from scratch); `trainable` is `all` or
     `lora` (LoRA and norms, embeddings, resamplers); `predicted_history` is the final share of history
-    images replaced by the model's own predictions, reached by a linear ramp. Each step also reads `word_rounds`
-    rounds of fresh conversations without their pictures; for the share `content_first` of the steps these refer by
-    content whenever they can.
+    images replaced by the model's own predictions, reached by a linear ramp. `data` is the mix of data sets that its
+    pictures come from, each with a weight; a bare name is that set alone. Each step also reads `word_rounds` rounds
+    without pictures: fresh conversations of the same mix (`words: data`), of which the share `content_first` of the
+    steps refers by content whenever it can, or exercises in finding what was said (`words: lookup`).
     """
 
     name: str
     start: str | None = None
-    data: Literal["base", "markov", "rollback", "deep"]
+    data: dict[str, Positive]
     trainable: Literal["all", "lora"]
     supervision: Literal["packed", "prefix"] = "packed"
     predicted_history: Fraction = 0.0
     history_noise: Annotated[float, Field(ge=0.0)] = 0.0
     word_rounds: Annotated[int, Field(ge=0)] = 0
+    words: Literal["data", "lookup"] = "data"
     content_first: Fraction = 0.5
+    text_loss_weight: Annotated[float, Field(ge=0.0)] | None = None
+    feature_loss_weight: Annotated[float, Field(ge=0.0)] | None = None
     response: Literal["polite", "grounded"] | None = None
     markers: bool | None = None
     optim: OptimConfig
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_set_or_a_mix(cls, value: Any) -> Any:
+        return {value: 1.0} if isinstance(value, str) else value
 
 
 class ExperimentsConfig(Settings):
@@ -257,7 +270,7 @@ class Params(Settings):
     detokenizer: DetokenizerConfig
     identity: IdentityConfig
     clip: ClipModelConfig | None = None
-    data: dict[Literal["base", "markov", "rollback", "deep"], DataConfig]
+    data: dict[str, DataConfig]
     people: dict[str, PeopleConfig] = Field(default_factory=dict)
     model: ModelConfig
     stages: tuple[StageConfig, ...]
@@ -274,6 +287,10 @@ class Params(Settings):
             if stage.name == name:
                 return stage
         raise KeyError(f"params {self.name!r} has no stage {name!r}; it has {[s.name for s in self.stages]}")
+
+    def is_personal(self, stage: StageConfig) -> bool:
+        """Whether a stage is about people: it reads names, or framing and pose."""
+        return any(name in self.people or self.data[name].view for name in stage.data)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Params":
@@ -293,8 +310,7 @@ class Params(Settings):
             raise ValueError(
                 f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds"
             )
-        if self.people and self.source.kind != "people":
-            raise ValueError(f"people: needs source.kind 'people', found {self.source.kind!r}")
+        self._people_fit()
         seen: set[str] = set()
         for stage in self.stages:
             if stage.start is not None and stage.start not in seen:
@@ -302,10 +318,21 @@ class Params(Settings):
                     f"stages: {stage.name!r} starts from {stage.start!r}, which is no earlier stage; "
                     f"earlier stages are {sorted(seen)}"
                 )
-            if stage.data not in self.data:
-                raise ValueError(f"stages: {stage.name!r} reads data {stage.data!r}, which `data:` does not define")
+            unknown = sorted(set(stage.data) - set(self.data) - set(self.people))
+            if unknown or not stage.data:
+                there = sorted([*self.data, *self.people])
+                raise ValueError(f"stages: {stage.name!r} reads data {unknown}; `data:` and `people:` define {there}")
             seen.add(stage.name)
         return self
+
+    def _people_fit(self) -> None:
+        """Raise ValueError unless data sets about people have a world of people and names of their own."""
+        named = [name for name, settings in self.data.items() if settings.view]
+        if (self.people or named) and self.source.kind != "world":
+            raise ValueError(f"data sets {[*named, *self.people]} show people; source.kind is {self.source.kind!r}")
+        twice = sorted(set(self.data) & set(self.people))
+        if twice:
+            raise ValueError(f"people: {twice} are names of `data:` as well; every data set has a name of its own")
 
 
 def digest(settings: BaseModel) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from nmlib import checkpoint
-from nmlib.config import SourceConfig
+from nmlib.config import Params, SourceConfig
 from nmlib.conversation import Conversation
 from nmlib.people import PeopleSource
 from nmlib.photos import PhotoSource
@@ -17,12 +17,24 @@ from nmlib.sources import Source, attribute_sizes
 from nmlib.storage import load_conversations
 from nmlib.world import WorldSource
 
-SOURCES: dict[str, Callable[[int], Source]] = {"world": WorldSource, "people": PeopleSource, "photos": PhotoSource}
+VIEW_SHARE = 0.25  # of the pictures that encoder and detokenizer learn from, where people are asked for
+SOURCES: dict[str, Callable[[int], Source]] = {"world": WorldSource, "photos": PhotoSource}
 
 
 def open_source(settings: SourceConfig) -> Source:
     """The source of pictures that a params file names."""
     return SOURCES[settings.kind](settings.image_size)
+
+
+def open_people(settings: SourceConfig) -> PeopleSource:
+    """The world of a params file with framing, pose and names to ask for."""
+    return PeopleSource(settings.image_size)
+
+
+def speaker(params: Params) -> Source:
+    """The source whose grammar holds all that is said in the data sets of a params file."""
+    names_people = bool(params.people) or any(settings.view for settings in params.data.values())
+    return open_people(params.source) if names_people else open_source(params.source)
 
 
 def step_generator(seed: int, step: int) -> Generator:
@@ -45,6 +57,29 @@ def sample_pictures(source: Source, count: int, split: str, generator: Generator
     subjects = source.sample_subjects(count, split, generator)  # (B, S)
     values = sample_values(source, count, generator)  # (B, A)
     return subjects, values, source.render(subjects, values)
+
+
+def training_pictures(
+    params: Params, source: Source, count: int, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures of the training split for encoder and detokenizer; where people are asked for, in every view.
+
+    Returns:
+        subjects (B, S), values (B, A) of the source's own attributes, images (B, 3, H, W) in [0, 1].
+    """
+    people = speaker(params)
+    viewed = round(VIEW_SHARE * count) if isinstance(people, PeopleSource) else 0
+    subjects, values, images = sample_pictures(source, count - viewed, "train", generator)
+    if not isinstance(people, PeopleSource) or not viewed:
+        return subjects, values, images
+    others = people.sample_subjects(viewed, "train", generator)  # (V, S)
+    states = sample_values(people, viewed, generator)  # (V, A + 2)
+    shown = people.viewed(others, states).clamp(-1, 1)  # (V, S)
+    return (
+        torch.cat([subjects, shown]),  # (B, S)
+        torch.cat([values, states[:, : values.shape[1]]]),  # (B, A)
+        torch.cat([images, people.render(others, states)]),  # (B, 3, H, W)
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nmlib import chat, curriculum, data, metrics, rollback
+from nmlib import chat, codec, curriculum, data, metrics, rollback
 from nmlib.chat import POLICIES, System
 from nmlib.config import DataConfig
 from nmlib.conversation import Conversation
@@ -29,9 +29,7 @@ PROBE_SEED = 90_000
 def load_system(run: Run, stage: str, seed: int = 0) -> System:
     """Encoder, detokenizer and the model of a stage, ready to talk."""
     model, template = curriculum.load_model(run.path(f"{curriculum.model_name(stage, seed)}.safetensors"))
-    return System(
-        curriculum.load_encoder(run), curriculum.load_detokenizer(run), model, template, run.params.source.image_size
-    )
+    return System(codec.load_encoder(run), codec.load_detokenizer(run), model, template, run.params.source.image_size)
 
 
 def probe_conversations(

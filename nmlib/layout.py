@@ -247,6 +247,22 @@ class Template:
         rows = [self.packed_row(conversation, pictures) for conversation in conversations]
         return self._collate(rows, list(range(len(rows))))
 
+    def spoken(self, dialogues: Sequence[Sequence[tuple[str, str]]]) -> Layout:
+        """The batch of dialogues without pictures, (what is said, the reply) for each round: every reply is learned."""
+        rows = []
+        for dialogue in dialogues:
+            row = _Row([], [], [], [], [], [], [], [], [], [])
+            for index, (said, answer) in enumerate(dialogue):
+                row.round = index
+                row.add(self.encode(f"{BOS + ' ' if index == 0 else ''}{INST} {said} {END_INST}"))
+                reply = self.encode(f"{answer} {BOI}")
+                row.labels[-1] = reply[0]
+                row.add(reply, labels=[*reply[1:], IGNORE])
+                row.position += self.tokens_per_image
+                row.add([self.eoi])
+            rows.append(row)
+        return self._collate(rows, list(range(len(rows))))
+
     def prefix(self, conversations: Sequence[Conversation], rounds: Sequence[int] | None = None) -> Layout:
         """The batch of `prefix` supervision.
 

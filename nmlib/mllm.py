@@ -233,6 +233,7 @@ class HistoryMLLM(nn.Module):
         replaced: Tensor | None = None,
         history_noise: float = 0.0,
         words: Layout | None = None,
+        weights: Tensor | None = None,
     ) -> Losses:
         """Losses of a batch.
 
@@ -242,6 +243,7 @@ class HistoryMLLM(nn.Module):
             replaced: (B, R) bool, history images to replace by the model's own predictions (packed only).
             history_noise: standard deviation of noise added to history features.
             words: more conversations, laid out without pictures, of which the replies are learned.
+            weights: (B, R, N) how much each token counts, of mean 1 in each picture; all alike by default.
         """
         history = features[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)
         if replaced is not None and bool(replaced.any()):
@@ -250,7 +252,10 @@ class HistoryMLLM(nn.Module):
             history = history + history_noise * torch.randn_like(history)
         output = self.predict(layout, history)
         targets = features[layout.queries[:, 0], layout.queries[:, 1]]  # (Q, N, D_feature)
-        image = ((output.images.float() - targets) / self.feature_scale).square().mean()
+        errors = ((output.images.float() - targets) / self.feature_scale).square().mean(-1)  # (Q, N)
+        if weights is not None:
+            errors = errors * weights[layout.queries[:, 0], layout.queries[:, 1]]  # (Q, N)
+        image = errors.mean()
         labels = layout.labels[layout.labels != IGNORE]  # (L,)
         text = F.cross_entropy(output.logits.float(), labels) if len(labels) else image.new_zeros(())
         spoken = image.new_zeros(()) if words is None else self.text_loss(words)

@@ -236,3 +236,15 @@ def run_training(
     )
     run.log("trained", name=name, steps=optim.steps, **{f"final_{k}": v for k, v in history[-1].items()})
     return history
+
+
+def finish(run: Run, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Store a result as `<name>.safetensors`, then drop the training's own checkpoint."""
+    checkpoint.save(run.path(f"{name}.safetensors"), tensors, metadata)
+    run.path("training", name, "progress.safetensors").unlink(missing_ok=True)
+
+
+def made(path: Path, key: str) -> History | None:
+    """Loss history of a result that a training of this key has made already."""
+    metadata = checkpoint.load(path)[1] if path.exists() else {}
+    return metadata["history"] if metadata.get("key") == key else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from toy import FEATURES, SETTINGS, SOURCE, TOKENS, Trained, features_of, open_run, raised
 
-from nmlib import checkpoint, curriculum, data
+from nmlib import batches, checkpoint, codec, config, curriculum, data, train
 from nmlib.checkpoint import CheckpointError
 from nmlib.config import DataConfig, StageConfig
 from nmlib.conversation import Conversation
@@ -50,13 +50,13 @@ def started(trained: Trained, tmp_path: Path) -> Run:
 
 
 def test_the_encoder_file_rebuilds_the_encoder(trained: Trained) -> None:
-    encoder = curriculum.load_encoder(trained.run)
+    encoder = codec.load_encoder(trained.run)
     assert frozen(encoder)
     assert torch.equal(encoder(IMAGES), trained.modules["encoder"].encoder(IMAGES))
 
 
 def test_the_detokenizer_file_rebuilds_the_detokenizer(trained: Trained) -> None:
-    detokenizer = curriculum.load_detokenizer(trained.run)
+    detokenizer = codec.load_detokenizer(trained.run)
     tokens = torch.randn(5, TOKENS, FEATURES)
     assert frozen(detokenizer)
     assert torch.equal(detokenizer.decode(tokens, seed=2), trained.modules["detokenizer"].decode(tokens, seed=2))
@@ -100,10 +100,10 @@ def test_predicted_history_is_a_ramp() -> None:
     stage = StageConfig.model_validate(
         SETTINGS["stages"][1] | {"optim": SETTINGS["stages"][1]["optim"] | {"steps": 100}}
     )
-    shares = [curriculum.predicted_share(stage, step) for step in range(100)]
+    shares = [batches.predicted_share(stage, step) for step in range(100)]
     assert shares[:31] == [0.0] * 31 and shares[70:] == pytest.approx([0.8] * 30)
     assert shares[50] == pytest.approx(0.4) and shares[40] == pytest.approx(0.2)
-    assert curriculum.predicted_share(stage.model_copy(update={"predicted_history": 0.0}), 99) == 0.0
+    assert batches.predicted_share(stage.model_copy(update={"predicted_history": 0.0}), 99) == 0.0
 
 
 def test_the_ramp_decides_how_much_of_the_history_is_predicted(
@@ -118,16 +118,21 @@ def test_the_ramp_decides_how_much_of_the_history_is_predicted(
         return real(self, layout, features, replaced, **more)
 
     monkeypatch.setattr(curriculum.HistoryMLLM, "forward", noted)
-    curriculum.train_stage(started, "rollback", SOURCE, trained.features["rollback"])
+    curriculum.train_stage(started, "rollback", trained.features)
     assert shares[:3] == [0.0] * 3 and min(shares[6:]) > 0.4 and len(shares) == 8
 
 
 def test_words_come_from_fresh_conversations_by_content_first() -> None:
-    """Every step has its own conversations of one length; at first nearly every reference that can be is by content."""
+    """Every step has its own conversations of one length; at first nearly every reference is by content."""
+    told = SETTINGS["data"]["rollback"] | {"rounds": [5, 7], "max_depth": 2}
+    settings = SETTINGS | {
+        "data": SETTINGS["data"] | {"rollback": told},
+        "model": SETTINGS["model"] | {"max_rounds": 7},
+    }
+    params = config.parse(settings, "toy")
     stage = StageConfig.model_validate(SETTINGS["stages"][1] | {"word_rounds": 400, "content_first": 0.5})
-    told = DataConfig(conversations=1, rounds=(5, 7), max_depth=2)
-    early, late = (curriculum.word_batch(SOURCE, told, stage, step, seed=3) for step in (0, stage.optim.steps - 1))
-    assert early == curriculum.word_batch(SOURCE, told, stage, 0, seed=3) != late
+    early, late = (batches.fresh_conversations(params, stage, step, seed=3) for step in (0, stage.optim.steps - 1))
+    assert early == batches.fresh_conversations(params, stage, 0, seed=3) != late
     for batch in (early, late):
         assert len({len(c) for c in batch}) == 1 and len(batch) == 400 // len(batch[0])
 
@@ -167,20 +172,16 @@ def test_the_first_stage_measures_the_scale_of_the_features(trained: Trained) ->
 
 def test_a_stage_without_its_start_says_what_to_run(trained: Trained, tmp_path: Path) -> None:
     run = open_run(tmp_path)
-    text = raised(
-        lambda: curriculum.train_stage(run, "rollback", SOURCE, trained.features["rollback"]), CheckpointError
-    )
+    text = raised(lambda: curriculum.train_stage(run, "rollback", trained.features), CheckpointError)
     assert text.startswith(f"{model_path(run, 'base')}: no such checkpoint; run the notebook that writes it")
     with pytest.raises(KeyError, match="params 'toy' has no stage 'roll'; it has"):
-        curriculum.train_stage(run, "roll", SOURCE, trained.features["rollback"])
+        curriculum.train_stage(run, "roll", trained.features)
 
 
 def test_a_start_that_does_not_fit_is_named(trained: Trained, tmp_path: Path) -> None:
     run = open_run(tmp_path, model=SETTINGS["model"] | {"intermediate_size": 52})
     model_path(run, "base").write_bytes(model_path(trained.run, "base").read_bytes())
-    text = raised(
-        lambda: curriculum.train_stage(run, "rollback", SOURCE, trained.features["rollback"]), CheckpointError
-    )
+    text = raised(lambda: curriculum.train_stage(run, "rollback", trained.features), CheckpointError)
     assert text.startswith(f"{model_path(run, 'base')}: does not fit HistoryMLLM: ") and "expected (52, 24)" in text
 
 
@@ -190,10 +191,10 @@ def test_a_start_that_does_not_fit_is_named(trained: Trained, tmp_path: Path) ->
 
 def test_two_runs_of_a_seed_agree_and_another_seed_differs(trained: Trained, started: Run) -> None:
     for stage in ("base", "rollback"):
-        curriculum.train_stage(started, stage, SOURCE, trained.features[started.params.stage(stage).data])
+        curriculum.train_stage(started, stage, trained.features)
         ours, theirs = tensors(started, stage), tensors(trained.run, stage)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    curriculum.train_stage(started, "base", SOURCE, trained.features["base"], seed=1)
+    curriculum.train_stage(started, "base", trained.features, seed=1)
     assert model_path(started, "base", 1).name == "base-seed1.safetensors"
     other = checkpoint.load(model_path(started, "base", 1))[0]
     assert not torch.equal(other["llm.lm_head.weight"], tensors(started, "base")["llm.lm_head.weight"])
@@ -203,27 +204,27 @@ class Killed(Exception):
     """Stands in for the end of a process."""
 
 
-def interrupted(features: ConversationFeatures, last: int) -> ConversationFeatures:
+def interrupted(features: dict[str, ConversationFeatures], last: int) -> dict[str, ConversationFeatures]:
     """The same features, with which a training dies before the step `last`."""
 
     class Dying(ConversationFeatures):
-        def batch(self, step: int, pictures: int, seed: int) -> Any:
+        def batch_indices(self, step: int, pictures: int, seed: int) -> list[int]:
             if step == last:
                 raise Killed
-            return super().batch(step, pictures, seed)
+            return super().batch_indices(step, pictures, seed)
 
-    return Dying(features.conversations, features.features)
+    return {name: Dying(part.conversations, part.features) for name, part in features.items()}
 
 
 @pytest.mark.parametrize("stage", ["base", "rollback"])
 def test_an_interrupted_stage_gives_the_same_file(trained: Trained, started: Run, stage: str) -> None:
-    features = trained.features[started.params.stage(stage).data]
+    features = trained.features
     model_path(started, stage).unlink(missing_ok=True)
     with pytest.raises(Killed):
-        curriculum.train_stage(started, stage, SOURCE, interrupted(features, 7))
+        curriculum.train_stage(started, stage, interrupted(features, 7))
     progress = started.path("training", "models", stage, "progress.safetensors")
     assert checkpoint.load(progress)[1]["step"] == 6
-    curriculum.train_stage(started, stage, SOURCE, features)
+    curriculum.train_stage(started, stage, features)
     ours, theirs = tensors(started, stage), tensors(trained.run, stage)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not progress.exists()
@@ -233,37 +234,36 @@ def test_what_is_trained_is_not_trained_again(
     trained: Trained, started: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A result stands until its settings, those of the stage it starts from, or the code of training change."""
-    features = trained.features["base"]
+    features = trained.features
     history = curriculum.load_history(model_path(started, "base"))
     doomed = interrupted(features, 0)
-    assert curriculum.train_stage(started, "base", SOURCE, doomed) == history
+    assert curriculum.train_stage(started, "base", doomed) == history
     later = open_run(tmp_path, experiments=SETTINGS["experiments"] | {"conversations": 99})
-    assert curriculum.train_stage(later, "base", SOURCE, doomed) == history
+    assert curriculum.train_stage(later, "base", doomed) == history
     other = open_run(tmp_path, stages=[SETTINGS["stages"][0] | {"history_noise": 0.2}])
     with pytest.raises(Killed):
-        curriculum.train_stage(other, "base", SOURCE, doomed)
+        curriculum.train_stage(other, "base", doomed)
     with monkeypatch.context() as patched:
-        patched.setattr(curriculum.runtime, "library_digest", lambda *modules: f"{modules} changed")
+        patched.setattr(train.runtime, "library_digest", lambda *modules: f"{modules} changed")
         with pytest.raises(Killed):
-            curriculum.train_stage(started, "base", SOURCE, doomed)
-    rollback = trained.features["rollback"]
-    curriculum.train_stage(started, "rollback", SOURCE, rollback)
-    curriculum.train_stage(started, "rollback", SOURCE, interrupted(rollback, 0))
+            curriculum.train_stage(started, "base", doomed)
+    curriculum.train_stage(started, "rollback", features)
+    curriculum.train_stage(started, "rollback", interrupted(features, 0))
     noisy = SETTINGS["stages"][0] | {"history_noise": 0.2}
     upstream = open_run(tmp_path, stages=[noisy, *SETTINGS["stages"][1:]])
     with pytest.raises(Killed):
-        curriculum.train_stage(upstream, "rollback", SOURCE, interrupted(rollback, 0))
+        curriculum.train_stage(upstream, "rollback", interrupted(features, 0))
 
 
 def test_an_interrupted_stage_is_not_mixed_with_other_settings(trained: Trained, started: Run, tmp_path: Path) -> None:
-    features = trained.features["rollback"]
+    features = trained.features
     with pytest.raises(Killed):
-        curriculum.train_stage(started, "rollback", SOURCE, interrupted(features, 5))
+        curriculum.train_stage(started, "rollback", interrupted(features, 5))
     other = open_run(tmp_path, **with_stages(SETTINGS["stages"][1] | {"predicted_history": 0.1}))
-    text = raised(lambda: curriculum.train_stage(other, "rollback", SOURCE, features), CheckpointError)
+    text = raised(lambda: curriculum.train_stage(other, "rollback", features), CheckpointError)
     assert text.endswith("models/rollback/progress.safetensors: belongs to other settings; delete it to train anew")
     later = open_run(tmp_path, experiments=SETTINGS["experiments"] | {"conversations": 99})
-    curriculum.train_stage(later, "rollback", SOURCE, features)  # what is measured later changes nothing here
+    curriculum.train_stage(later, "rollback", features)  # what is measured later changes nothing here
 
 
 def test_prefix_supervision_of_a_stage_equals_packed(trained: Trained, tmp_path: Path) -> None:
@@ -273,8 +273,7 @@ def test_prefix_supervision_of_a_stage_equals_packed(trained: Trained, tmp_path:
         curriculum.train_stage(
             open_run(tmp_path / supervision, stages=[stage | {"supervision": supervision}]),
             "base",
-            SOURCE,
-            trained.features["base"],
+            trained.features,
         )
         for supervision in ("packed", "prefix")
     )

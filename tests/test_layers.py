@@ -30,6 +30,7 @@ LAYERS = (
         "world_portrait",
     ),
     (
+        "batches",
         "compliance",
         "data",
         "detokenizer",
@@ -42,7 +43,7 @@ LAYERS = (
         "vision",
     ),
     ("cache", "mllm"),
-    ("curriculum", "judges", "train"),
+    ("codec", "curriculum", "judges", "train"),
     ("chat", "experiments", "metrics", "quality"),
     ("__main__", "book", "diagrams", "pipeline", "plots", "steps", "terminal", "widgets"),
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from toy import SOURCE, Trained, open_run
 
-from nmlib import curriculum, quality
+from nmlib import codec, curriculum, quality
 from nmlib.identity import FaceEmbedder
 from nmlib.records import read_records
 from nmlib.runtime import Run
@@ -77,7 +77,7 @@ def test_a_reconstruction_with_a_known_error(run: Run) -> None:
 
 
 def test_a_real_reconstruction_has_records(run: Run, trained: Trained) -> None:
-    encoder, detokenizer = curriculum.load_encoder(trained.run), curriculum.load_detokenizer(trained.run)
+    encoder, detokenizer = codec.load_encoder(trained.run), codec.load_detokenizer(trained.run)
     table = quality.reconstruction_table(run, SOURCE, encoder, detokenizer, count=48)
     own = table[table["steps"] == run.params.detokenizer.sampling_steps]
     records = read_records(run)

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Generator, Tensor, nn
 
-from nmlib import curriculum, judges, layout, rollback, train
+from nmlib import codec, curriculum, judges, layout, rollback, train
 from nmlib.chat import System
 from nmlib.config import DetokenizerConfig, ModelConfig, OptimConfig, VisionConfig
 from nmlib.conversation import Conversation, Edit, Kind, Reference, Round
@@ -231,7 +231,7 @@ def features_of(run: Run, name: str) -> ConversationFeatures:
     """A data set of a run with the features of its encoder."""
     settings = run.params.data[name]  # type: ignore[index]
     made = rollback.build_conversations(SOURCE, settings, seed=3, split="train", name=name)
-    encoder = curriculum.load_encoder(run)
+    encoder = codec.load_encoder(run)
     return encode_conversations(rollback.with_images(SOURCE, made), lambda images: encoder(images.float() / 255))
 
 
@@ -255,12 +255,12 @@ def train_everything(folder: Path) -> Trained:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit", noted)
-        curriculum.train_encoder(made.run, SOURCE)
-        curriculum.train_detokenizer(made.run, SOURCE, curriculum.load_encoder(made.run))
+        codec.train_encoder(made.run, SOURCE)
+        codec.train_detokenizer(made.run, SOURCE, codec.load_encoder(made.run))
         judges.train_identity(made.run, SOURCE)
         made.features = {name: features_of(made.run, name) for name in ("base", "rollback")}
         for stage in made.run.params.stages:
-            curriculum.train_stage(made.run, stage.name, SOURCE, made.features[stage.data])
+            curriculum.train_stage(made.run, stage.name, made.features)
     return made
 
 
