@@ -10,251 +10,47 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
+from nmlib.settings import (
+    ClipConfig,
+    ClipModelConfig,
+    DataConfig,
+    DetokenizerConfig,
+    ExperimentsConfig,
+    IdentityConfig,
+    ModelConfig,
+    OptimConfig,
+    PeopleConfig,
+    SeedXConfig,
+    SeedXVisionConfig,
+    Settings,
+    SourceConfig,
+    StageConfig,
+    VisionConfig,
+)
+
+__all__ = [
+    "ClipConfig",
+    "ClipModelConfig",
+    "DataConfig",
+    "DetokenizerConfig",
+    "ExperimentsConfig",
+    "IdentityConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PeopleConfig",
+    "SeedXConfig",
+    "SeedXVisionConfig",
+    "Settings",
+    "SourceConfig",
+    "StageConfig",
+    "VisionConfig",
+]
 
 
 class ParamsError(ValueError):
     """A params file that cannot be used; the message says where, what was seen and what was expected."""
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, strict about types, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class SourceConfig(Settings):
-    """Which pictures: the portrait world or crops of photographs."""
-
-    kind: Literal["world", "photos"]
-    image_size: Annotated[int, Field(ge=16, le=1024, description="pixels a side")]
-
-
-class OptimConfig(Settings):
-    """One training: length, batch and schedule (linear warm-up, cosine to `min_learning_rate_ratio`)."""
-
-    steps: Count
-    batch_size: Count
-    learning_rate: Positive
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
-    min_learning_rate_ratio: Fraction = 0.05
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    max_grad_norm: Positive = 1.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    ema_decay: Fraction = 0.0
-    checkpoint_every: Count = 200
-
-
-class VisionConfig(Settings):
-    """The frozen image encoder, stand-in for the Qwen-VL ViT.
-
-    `noise` is the standard deviation of the Gaussian noise added to the unit-variance tokens while the
-    encoder learns, which forces it to give every attribute a large share of the feature space.
-    """
-
-    patch_size: Count
-    width: Count
-    layers: Count
-    heads: Count
-    tokens: Annotated[int, Field(ge=1, description="tokens of one image, N; a square number")]
-    feature_dim: Count
-    noise: Annotated[float, Field(ge=0.0)]
-    attribute_weight: Annotated[float, Field(ge=0.0)]
-    subject_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    optim: OptimConfig
-
-    @model_validator(mode="after")
-    def _tokens_are_square(self) -> "VisionConfig":
-        if int(self.tokens**0.5) ** 2 != self.tokens:
-            raise ValueError(f"tokens {self.tokens} is not a square number: the tokens lie on a square grid")
-        if self.width % 32:
-            raise ValueError(f"width {self.width} must be a multiple of 32: a quarter of it is normalised in 8 groups")
-        for name, size in (("width", self.width), ("feature_dim", self.feature_dim)):
-            if size % self.heads or size % 4:
-                raise ValueError(f"{name} {size} must be a multiple of heads {self.heads} and of 4")
-        return self
-
-
-class DetokenizerConfig(Settings):
-    """The DiT that turns image tokens into pixels."""
-
-    patch_size: Count
-    width: Count
-    layers: Count
-    heads: Count
-    sampling_steps: Count
-    guidance_scale: Annotated[float, Field(ge=0.0)] = 1.0
-    condition_dropout: Fraction = 0.1
-    token_noise: Annotated[float, Field(ge=0.0)] = 0.0
-    optim: OptimConfig
-
-
-class IdentityConfig(Settings):
-    """The face embedder of the world, trained with the ArcFace loss."""
-
-    embedding_dim: Count
-    identities: Count
-    scale: Positive = 24.0
-    margin: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
-    optim: OptimConfig
-
-
-class ClipModelConfig(Settings):
-    """The small CLIP that judges whether a picture shows what a text says; `width` and `heads` are of both towers."""
-
-    patch_size: Count
-    width: Count
-    heads: Count
-    vision_layers: Count
-    text_layers: Count
-    projection_dim: Count
-    optim: OptimConfig
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ClipModelConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        return self
-
-
-class DataConfig(Settings):
-    """Conversations to build.
-
-    `rounds` lists the lengths to draw from; `max_depth` bounds rollbacks, except that those which name their base
-    (by number, content, or as the start) reach back `named_depth` rounds where it is given. `content_weight` says how
-    many times more often a reference by content is drawn, where there is one, than each other kind. With `view`, the
-    framing and pose of people are said and edited as well.
-    """
-
-    conversations: Count
-    rounds: tuple[Annotated[int, Field(ge=2, le=64)], ...]
-    rollback_share: Fraction = 0.6
-    max_depth: Count = 2
-    named_depth: Count | None = None
-    describe_share: Fraction = 0.25
-    content_weight: Positive = 3.0
-    view: bool = False
-
-
-class PeopleConfig(Settings):
-    """Conversations about people by name.
-
-    `people` lists how many there may be in a conversation. `pairing` says what a recall shows (paper: the three
-    stages): `same` the very picture of the introduction; `masked` the whole person, of whom the introduction shows
-    the face alone; `paired` the person in another view. The base of a recall lies at most `max_delay` rounds back.
-    Shares are of rounds, but `describe_share` of introductions and `full_body_share` of `paired` recalls. With a
-    `look_alike_distance` the people of a conversation differ by that much in their identity numbers. A token inside a
-    face counts `face_weight` times in the loss.
-    """
-
-    conversations: Count
-    rounds: tuple[Annotated[int, Field(ge=2, le=64)], ...]
-    pairing: Literal["same", "masked", "paired"]
-    people: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 3)
-    max_delay: Count = 8
-    recall_share: Fraction = 0.5
-    rollback_share: Fraction = 0.15
-    rename_share: Fraction = 0.05
-    reintroduce_share: Fraction = 0.05
-    describe_share: Fraction = 0.1
-    full_body_share: Fraction = 0.2
-    look_alike_distance: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    face_weight: Annotated[float, Field(ge=1.0)] = 2.0
-
-    @model_validator(mode="after")
-    def _shares_fit(self) -> "PeopleConfig":
-        total = self.recall_share + self.rollback_share + self.rename_share + self.reintroduce_share
-        if total > 1:
-            raise ValueError(f"recall, rollback, rename and reintroduce shares add up to {total:g}; expected at most 1")
-        if self.pairing == "masked" and self.describe_share:
-            raise ValueError("describe_share: a masked introduction is a picture; set it to 0 with pairing 'masked'")
-        if max(self.people) >= min(self.rounds):
-            raise ValueError(
-                f"people {max(self.people)}: everybody is introduced and then asked for, so the shortest conversation "
-                f"of {min(self.rounds)} rounds has room for {min(self.rounds) - 1}"
-            )
-        return self
-
-
-class ModelConfig(Settings):
-    """The history-conditioned MLLM.
-
-    `response` is the text before each image: `polite` (SEED-X) or `grounded`, which names the picture it
-    starts from; `markers` adds the picture's number and the token's slot to every token in the history, and lets
-    the query tokens start from the picture that the response names.
-    """
-
-    hidden_size: Count
-    intermediate_size: Count
-    layers: Count
-    heads: Count
-    resampler_heads: Count = 4
-    lora_rank: Count = 16
-    lora_alpha: Count = 16
-    lora_dropout: Fraction = 0.0
-    max_rounds: Annotated[int, Field(ge=2, le=64)] = 16
-    response: Literal["polite", "grounded"] = "grounded"
-    markers: bool = True
-    text_loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    feature_loss_weight: Annotated[float, Field(ge=0.0)] = 6.0
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ModelConfig":
-        if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}: "
-                "rotary positions turn pairs of numbers in each head"
-            )
-        if self.markers and self.response != "grounded":
-            raise ValueError("markers: true needs response: grounded, whose text names the picture to start from")
-        return self
-
-
-class StageConfig(Settings):
-    """One training stage as data: where it starts, what it reads, what it may change.
-
-    `start` names the stage whose weights it continues from (none: from scratch); `trainable` is `all` or
-    `lora` (LoRA and norms, embeddings, resamplers); `predicted_history` is the final share of history
-    images replaced by the model's own predictions, reached by a linear ramp. `data` is the mix of data sets that its
-    pictures come from, each with a weight; a bare name is that set alone. Each step also reads `word_rounds` rounds
-    without pictures: fresh conversations of the same mix (`words: data`), of which the share `content_first` of the
-    steps refers by content whenever it can, or exercises in finding what was said (`words: lookup`).
-    """
-
-    name: str
-    start: str | None = None
-    data: dict[str, Positive]
-    trainable: Literal["all", "lora"]
-    supervision: Literal["packed", "prefix"] = "packed"
-    predicted_history: Fraction = 0.0
-    history_noise: Annotated[float, Field(ge=0.0)] = 0.0
-    word_rounds: Annotated[int, Field(ge=0)] = 0
-    words: Literal["data", "lookup"] = "data"
-    content_first: Fraction = 0.5
-    text_loss_weight: Annotated[float, Field(ge=0.0)] | None = None
-    feature_loss_weight: Annotated[float, Field(ge=0.0)] | None = None
-    response: Literal["polite", "grounded"] | None = None
-    markers: bool | None = None
-    optim: OptimConfig
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_set_or_a_mix(cls, value: Any) -> Any:
-        return {value: 1.0} if isinstance(value, str) else value
-
-
-class ExperimentsConfig(Settings):
-    """How much to evaluate."""
-
-    conversations: Count
-    depths: tuple[Count, ...] = (1, 2, 3, 4)
-    drift_conversations: Count = 32
-    drift_rounds: Annotated[int, Field(ge=3, le=64)] = 12
-    bootstrap: Count = 1000
 
 
 class Params(Settings):
@@ -275,6 +71,7 @@ class Params(Settings):
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     experiments: ExperimentsConfig
+    seedx: SeedXConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def tokens_per_image(self) -> int:
@@ -311,6 +108,8 @@ class Params(Settings):
                 f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds"
             )
         self._people_fit()
+        if self.seedx is not None and self.seedx.model != self.model:
+            raise ValueError("seedx.model differs from model; write it once as `model: &model` and refer to `*model`")
         seen: set[str] = set()
         for stage in self.stages:
             if stage.start is not None and stage.start not in seen:

@@ -11,7 +11,7 @@ from toy import FEATURES, SETTINGS, SOURCE, TOKENS, Trained, features_of, open_r
 
 from nmlib import batches, checkpoint, codec, config, curriculum, data, train
 from nmlib.checkpoint import CheckpointError
-from nmlib.config import DataConfig, StageConfig
+from nmlib.config import StageConfig
 from nmlib.conversation import Conversation
 from nmlib.data import ConversationFeatures
 from nmlib.runtime import Run

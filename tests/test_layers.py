@@ -10,12 +10,12 @@ from nmlib import runtime
 
 FOLDER = Path(nmlib.__file__).parent
 LAYERS = (
-    ("config", "runtime"),
+    ("config", "runtime", "settings"),
     (
         "checkpoint",
         "clips",
         "conversation",
-        "faces",
+        "face_region",
         "names",
         "people",
         "photos",

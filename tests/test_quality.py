@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from toy import SOURCE, Trained, open_run
 
-from nmlib import codec, curriculum, quality
+from nmlib import codec, quality
 from nmlib.identity import FaceEmbedder
 from nmlib.records import read_records
 from nmlib.runtime import Run
