@@ -103,6 +103,40 @@ class IdentityConfig(Settings):
     optim: OptimConfig
 
 
+class ClipConfig(Settings):
+    """Which frames of a video or of a folder of pictures are read, and which of them make an identity clip.
+
+    Args:
+        image_size: pixels a side of the aligned faces.
+        every_seconds: time between two frames read from a video; a folder is read picture by picture.
+        max_frames: frames read from a clip at most, spread evenly over it.
+        min_frames: a clip with fewer kept frames is rejected.
+        min_face: pixels of the shorter side of a face's box below which the face is too small.
+        max_identity_distance: Euclidean distance of unit vectors between a frame and the clip's medoid above which it
+            shows someone else. The default is for dlib's network: its threshold of 0.6 over its vectors' length of
+            about 1.4. ArcFace networks spread faces wider: a least cosine of c is a distance of sqrt(2 - 2 c).
+        min_difference: mean absolute difference of pixels in [0, 1] between aligned faces below which the later frame
+            is a near duplicate. One picture moved and zoomed differs from itself by about 0.03, two photographs of
+            one person by about 0.2.
+        max_rejected: share of rejected clips above which building them is an error.
+    """
+
+    image_size: Annotated[int, Field(ge=16, le=1024)] = 112
+    every_seconds: Positive = 0.2
+    max_frames: Count = 64
+    min_frames: Annotated[int, Field(ge=2)] = 4
+    min_face: Annotated[int, Field(ge=8)] = 64
+    max_identity_distance: Annotated[float, Field(gt=0.0, le=2.0)] = 0.42
+    min_difference: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.04
+    max_rejected: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _enough_frames_can_be_read(self) -> "ClipConfig":
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames {self.min_frames} is above max_frames {self.max_frames}: no clip can be kept")
+        return self
+
+
 class DataConfig(Settings):
     """Conversations to build.
 
