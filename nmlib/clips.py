@@ -153,7 +153,7 @@ def _look(frame: Frame, settings: ClipConfig, detector: Detector) -> _Look:
         return blank.out("more than one face" if found else "no face", len(found), 1)
     if found[0].size < settings.min_face:
         return blank.out("face too small", found[0].size, settings.min_face)
-    square = found[0].square
+    square = Square(*map(float, found[0].square))
     return _Look(
         blank.row.model_copy(update={"square": tuple(square)}), cut(frame.picture, square, settings.image_size)
     )

@@ -84,9 +84,9 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, where: str = "") -> None:
     if width * height > MAX_IMAGE_PIXELS:
-        raise ClipError(f"is {width} x {height}; at most {MAX_IMAGE_PIXELS} pixels")
+        raise ClipError(f"{where}is {width} x {height}; at most {MAX_IMAGE_PIXELS} pixels")
 
 
 def _folder_frames(folder: Path, max_frames: int) -> Iterator[Frame]:
@@ -117,6 +117,8 @@ def _video_frames(path: Path, every_seconds: float, max_frames: int) -> Iterator
         with av.open(str(path), format=VIDEOS[path.suffix.lower()]) as container:
             if not container.streams.video:
                 raise ClipError(f"{path}: has no video stream; give a video with pictures, or remove the file")
+            codec = container.streams.video[0].codec_context
+            _check_size(codec.width, codec.height, f"{path}: ")
             yield from _decoded(container, path, every_seconds, max_frames)
     except av.FFmpegError as error:
         raise ClipError(f"{path}: damaged or truncated ({error.strerror}); mend or remove the file") from None
@@ -162,9 +164,6 @@ def _wanted_times(duration: float, every_seconds: float, most: int) -> list[floa
 
 def _pixels(frame: Any, path: Path) -> Tensor:
     """Upright pixels (3, H, W) of a decoded frame."""
-    try:
-        _check_size(frame.width, frame.height)
-    except ClipError as error:
-        raise ClipError(f"{path}: a frame {error}") from None
+    _check_size(frame.width, frame.height, f"{path}: ")  # it may change within a stream
     upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # phones store turned pictures
     return torch.from_numpy(upright.copy()).permute(2, 0, 1)  # (3, H, W)
