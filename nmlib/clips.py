@@ -1,84 +1,260 @@
-"""Clips of real faces: a folder with one folder of frames for every person."""
+"""Identity clips: which frames of videos and picture folders show one person, and why the others were left out.
 
+`build_clips` looks at every frame and writes nothing but numbers: a manifest says for each frame whether it was kept,
+by what measure, and where its aligned face lies. The faces are cut from the files when they are asked for.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from itertools import zip_longest
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
-from nmlib.conversation import PICTURE_ERRORS, ConversationError, from_picture
-from nmlib.phrases import is_heldout
-from nmlib.runtime import read_json
-from nmlib.sources import Attribute, Clip
+from nmlib.config import ClipConfig
+from nmlib.faces import Detector, Square, cut
+from nmlib.frames import ClipError, Frame, iterate_frames, read_clip
+from nmlib.manifest import ClipRow, FrameReason, FrameRow, Manifest, all_frames, counts, load_manifest, save_manifest
+from nmlib.runtime import progress
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-BOXES = "faces.json"
+__all__ = [
+    "ClipError",
+    "ClipFolder",
+    "Manifest",
+    "TooManyRejected",
+    "build_clips",
+    "load_clip_frames",
+    "load_manifest",
+    "read_clip",
+    "save_manifest",
+]
+
+SPLIT_PARTS = 8  # one clip in so many is held out
 
 
-class FolderClips:
-    """People from `<root>/<person>/<frame>.png`, an `IdentityClips` of which only pixels are known.
+class TooManyRejected(ClipError):
+    """More clips than `max_rejected` were rejected; `manifest` says why, row by row."""
 
-    A person's folder may hold `faces.json`: file name -> [left, top, right, bottom], as shares of width and height.
-    The name of a person's folder decides its split; it is never shown to the model.
+    def __init__(self, message: str, manifest: Manifest) -> None:
+        super().__init__(message)
+        self.manifest = manifest
+
+
+class _Look(NamedTuple):
+    """A frame's row so far, and its aligned face (3, s, s) while it is still in the running."""
+
+    row: FrameRow
+    face: Tensor | None = None
+
+    def out(self, reason: FrameReason, measured: float, threshold: float, detail: str = "") -> "_Look":
+        """The same frame, left out."""
+        verdict = {"reason": reason, "measured": float(measured), "threshold": float(threshold), "detail": detail}
+        return _Look(self.row.model_copy(update=verdict))
+
+
+def build_clips(
+    paths: Sequence[str | Path], settings: ClipConfig, detector: Detector, embedder: Callable[[Tensor], Tensor]
+) -> Manifest:
+    """Look at clips frame by frame and say what to keep.
+
+    A frame needs one face of sufficient size that differs from every earlier one; among these the medoid, the one
+    nearest to all others, stands for the clip, and frames far from it show somebody else.
 
     Args:
-        root: the folder.
-        image_size: height and width that frames are resized to.
-        frames: most frames to read of a person, evenly spread in the order of their names.
+        paths: folders of pictures or videos, one person in each; a clip is named after its file, so names must differ.
+        settings: what is read and what is kept.
+        detector: finds faces, for example `faces.FaceDetector`; `faces.WholePicture` where pictures are faces.
+        embedder: pictures (B, 3, s, s) in [0, 1] to unit vectors (B, E), for example `faces.DlibEmbedder`.
+
+    Returns:
+        The manifest; `save_manifest` stores it.
 
     Raises:
-        ConversationError: there is no person with two frames.
+        ClipError: no paths, two clips of one name, no unit vectors, or more than `settings.max_rejected` of the clips
+            rejected; the last one has the manifest as its attribute `manifest`.
+    """
+    names = [Path(path).stem if Path(path).is_file() else Path(path).name for path in paths]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or not names:
+        raise ClipError(
+            f"two clips are named {twice[0]!r}; rename one" if twice else "no clips; give at least one path"
+        )
+    clips = tuple(
+        _build_clip(name, Path(path).absolute(), settings, detector, embedder)
+        for name, path in progress(list(zip(names, paths, strict=True)), desc="clips")
+    )
+    manifest = Manifest(
+        settings=settings,
+        detector=_name(detector),
+        embedder=_name(embedder),
+        clip_counts=counts(clips),
+        frame_counts=counts(all_frames(clips)),
+        clips=clips,
+    )
+    return _refuse_if_most_failed(manifest)
+
+
+def _name(tool: object) -> str:
+    return getattr(tool, "__name__", type(tool).__name__)
+
+
+def _refuse_if_most_failed(manifest: Manifest) -> Manifest:
+    rejected, total = sum(not clip.kept for clip in manifest.clips), len(manifest.clips)
+    if rejected <= manifest.settings.max_rejected * total:
+        return manifest
+    raise TooManyRejected(
+        f"{rejected} of {total} clips rejected, above max_rejected {manifest.settings.max_rejected}; "
+        f"clips: {_listed(manifest.clip_counts)}; frames: {_listed(manifest.frame_counts)}",
+        manifest,
+    )
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
+
+
+def _build_clip(
+    name: str, path: Path, settings: ClipConfig, detector: Detector, embedder: Callable[[Tensor], Tensor]
+) -> ClipRow:
+    try:
+        frames = _read(path, settings)
+        looks = [_look(frame, settings, detector) for frame in frames]
+    except ClipError as error:
+        return ClipRow(name=name, path=str(path), reason="unreadable", detail=str(error), frames=())
+    looks = _without_switches(_without_duplicates(looks, settings), settings, embedder)
+    kept = sum(look.row.kept for look in looks)
+    return ClipRow(
+        name=name,
+        path=str(path),
+        reason=None if kept >= settings.min_frames else "too few frames",
+        measured=kept,
+        threshold=settings.min_frames,
+        frames=tuple(look.row for look in looks),
+    )
+
+
+def _read(path: Path, settings: ClipConfig) -> Iterator[Frame]:
+    return iterate_frames(path, settings.every_seconds, settings.max_frames)
+
+
+def _look(frame: Frame, settings: ClipConfig, detector: Detector) -> _Look:
+    """Find the one face of a frame."""
+    if frame.picture is None:
+        return _Look(FrameRow(name=frame.name, reason="unreadable", detail=frame.fault))
+    height, width = frame.picture.shape[1:]
+    blank = _Look(FrameRow.model_construct(name=frame.name, size=(width, height)))
+    if min(width, height) < settings.min_face:
+        return blank.out("face too small", min(width, height), settings.min_face, "the whole picture")
+    found = detector(frame.picture)
+    if len(found) != 1:
+        return blank.out("more than one face" if found else "no face", len(found), 1)
+    if found[0].size < settings.min_face:
+        return blank.out("face too small", found[0].size, settings.min_face)
+    square = Square(*map(float, found[0].square))
+    return _Look(
+        blank.row.model_copy(update={"square": tuple(square)}), cut(frame.picture, square, settings.image_size)
+    )
+
+
+def _without_duplicates(looks: list[_Look], settings: ClipConfig) -> list[_Look]:
+    """Leave out faces that repeat an earlier one which was not left out."""
+    result: list[_Look] = []
+    for look in looks:
+        earlier = [(_difference(look.face, other.face), other) for other in result if look.face is not None]
+        nearest, other = min(earlier, key=lambda pair: pair[0], default=(torch.inf, look))
+        if nearest < settings.min_difference:
+            look = look.out("near duplicate", nearest, settings.min_difference, f"of {other.row.name}")
+        result.append(look)
+    return result
+
+
+def _difference(face: Tensor | None, other: Tensor | None) -> float:
+    """Mean absolute difference of two faces, pixels counted from 0 to 1."""
+    if face is None or other is None:
+        return torch.inf
+    return float((face.float() - other.float()).abs().mean() / 255)
+
+
+def _without_switches(looks: list[_Look], settings: ClipConfig, embedder: Callable[[Tensor], Tensor]) -> list[_Look]:
+    """Leave out faces far from the medoid, and note the distance of the others."""
+    places = [(index, look.face) for index, look in enumerate(looks) if look.face is not None]
+    if not places:
+        return looks
+    vectors = _embedded(torch.stack([face for _, face in places]), embedder)  # (F, E)
+    distances = (vectors[:, None] - vectors[None]).norm(dim=-1)  # (F, F)
+    medoid = int(distances.sum(1).argmin())
+    result, limit = list(looks), settings.max_identity_distance
+    for (index, _), distance in zip(places, distances[medoid].tolist(), strict=True):
+        if distance > limit:
+            middle = looks[places[medoid][0]].row.name
+            result[index] = looks[index].out("identity switch", distance, limit, f"medoid {middle}")
+        else:
+            row = looks[index].row.model_copy(update={"measured": distance, "threshold": limit})
+            result[index] = _Look(row, looks[index].face)
+    return result
+
+
+def _embedded(faces: Tensor, embedder: Callable[[Tensor], Tensor]) -> Tensor:
+    vectors = embedder(faces.float() / 255).float().cpu()  # (F, E)
+    if vectors.ndim != 2 or len(vectors) != len(faces) or not bool(((vectors.norm(dim=1) - 1).abs() < 1e-3).all()):
+        raise ClipError(
+            f"{_name(embedder)} gave {tuple(vectors.shape)} for {len(faces)} faces; expected a unit vector for each"
+        )
+    return vectors
+
+
+def load_clip_frames(manifest: Manifest, clip: str) -> Tensor:
+    """The aligned faces of a kept clip, cut from its files.
+
+    Returns:
+        uint8 (F, 3, s, s), s the manifest's `image_size`.
+
+    Raises:
+        ClipError: no such clip, a rejected one, or files that are no longer as they were.
+    """
+    row, settings = manifest.clip(clip), manifest.settings
+    if not row.kept:
+        raise ClipError(f"clip {clip!r} was rejected: {row.detail or row.reason}; take one that was kept")
+    faces = []
+    for number, (seen, frame) in enumerate(zip_longest(row.frames, _read(Path(row.path), settings))):
+        if seen is None or frame is None or seen.name != frame.name or seen.size != _size(frame):
+            raise ClipError(f"{row.path}: frame {number} is not as it was; build the manifest again")
+        if seen.square is not None and seen.kept and frame.picture is not None:
+            faces.append(cut(frame.picture, Square(*seen.square), settings.image_size))
+    return torch.stack(faces)  # (F, 3, s, s)
+
+
+def _size(frame: Frame) -> tuple[int, int] | None:
+    return None if frame.picture is None else (frame.picture.shape[2], frame.picture.shape[1])
+
+
+class ClipFolder:
+    """People from clips, one for each kept clip: what a builder of conversations about named people draws from.
+
+    Args:
+        manifest: as `build_clips` made or `load_manifest` read it.
+
+    Raises:
+        ClipError: no clip was kept.
     """
 
-    name = "clips"
-    attributes: tuple[Attribute, ...] = ()
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        if not self.people():
+            raise ClipError(f"no clip was kept; clips: {_listed(manifest.clip_counts)}")
 
-    def __init__(self, root: Path, image_size: int, frames: int = 8) -> None:
-        self.root, self.image_size, self.frames = root, image_size, frames
-        folders = sorted(folder for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else []
-        self.people = [folder for folder in folders if len(self._files(folder)) > 1]
-        if not self.people:
-            raise ConversationError(f"{root}: no person with two frames; expected <person>/<frame>.png below it")
+    def people(self) -> tuple[str, ...]:
+        """Ids of the people: the names of the kept clips."""
+        return tuple(clip.name for clip in self._manifest.clips if clip.kept)
 
-    def _files(self, folder: Path) -> list[Path]:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    def frames(self, person: str) -> Tensor:
+        """Aligned faces of a person, uint8 (F, 3, s, s); raises ClipError for one who is not there."""
+        return load_clip_frames(self._manifest, person)
 
-    def clips(self, count: int, split: str, generator: Generator, distance: float | None = None) -> list[Clip]:
-        """Draw people; see `IdentityClips.clips`.
-
-        Raises:
-            ConversationError: the split has too few people, look-alikes are asked for, or a frame cannot be read.
-        """
-        if distance is not None:
-            raise ConversationError(f"{self.root}: look-alikes are not known; set look_alike_distance to null")
-        people = [folder for folder in self.people if is_heldout(folder.name) == (split == "heldout")]
-        if len(people) < count:
-            raise ConversationError(f"{self.root}: {len(people)} people in split {split!r}; expected {count} or more")
-        return [self._read(people[place]) for place in torch.randperm(len(people), generator=generator)[:count]]
-
-    def _read(self, folder: Path) -> Clip:
-        files = self._files(folder)
-        count = min(self.frames, len(files))
-        chosen = [files[round(place * (len(files) - 1) / (count - 1))] for place in range(count)]
-        images = torch.stack([self._picture(path) for path in chosen])  # (F, 3, H, W)
-        return Clip(images=images, boxes=self._boxes(folder / BOXES, chosen))
-
-    def _picture(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as picture:
-                return from_picture(picture, str(path), self.image_size)
-        except ConversationError:
-            raise
-        except PICTURE_ERRORS as error:
-            raise ConversationError(f"{path}: cannot be read as a picture ({error}); mend or remove it") from None
-
-    def _boxes(self, path: Path, files: list[Path]) -> Tensor | None:
-        if not path.exists():
-            return None
-        known = read_json(path)
-        missing = [file.name for file in files if len(known.get(file.name, ())) != 4]
-        if missing:
-            raise ConversationError(
-                f"{path}: no box of four numbers for {missing[0]}; expected [left, top, right, bottom]"
-            )
-        return torch.tensor([known[file.name] for file in files]).clamp(0, 1) * self.image_size  # (F, 4)
+    def split(self, name: str) -> Literal["train", "heldout"]:
+        """The split a clip belongs to, by a hash of its name alone, whatever other clips there are."""
+        number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+        return "heldout" if number % SPLIT_PARTS == 0 else "train"

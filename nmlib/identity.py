@@ -1,7 +1,8 @@
 """Who is shown: an embedder of subjects trained with the ArcFace loss, exported to ONNX, loaded by `insightface`.
 
 It learns on subjects that nothing else sees. Two pictures of one subject (other pose, light, edits) should be
-close, two subjects apart. On photographs any local ArcFace ONNX file is loaded by the same call.
+close, two subjects apart. On photographs any local ArcFace ONNX file is loaded by the same call; `faces` has a
+network for them whose weights a package ships.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import io
 import itertools
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from nmlib.runtime import atomic_path
 INPUT_SIZE = 112
 CHANNELS = (32, 64, 128, 192)
 WARMUP_STEPS = 300
+SAME_PICTURE = 1e-3  # radians; two views closer than this cannot tell a copy from the person
 
 
 class IdentityError(ValueError):
@@ -102,7 +105,40 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
         )
 
 
-class FaceEmbedder:
+class SubjectEmbedder(ABC):
+    """What turns pictures, one subject in each, into unit vectors that are close where the subject is the same."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, E) of pictures (B, 3, H, W) in [0, 1]."""
+
+    def check(self, first: Tensor, second: Tensor) -> float:
+        """Area under the ROC curve on known pairs.
+
+        Args:
+            first: pictures (B, 3, H, W) in [0, 1] of B different subjects, B at least 2.
+            second: other pictures of the same subjects, in the same order.
+
+        Returns:
+            The share, from 0 to 1, of cases in which a pair of one subject scores above a pair of two.
+
+        Raises:
+            IdentityError: fewer than two subjects, or all pairs look alike, as they do when a network scales its own
+                input.
+        """
+        if len(first) != len(second) or len(first) < 2:
+            raise IdentityError(f"{len(first)} and {len(second)} pictures: expected the same 2 or more subjects twice")
+        scores = self(first) @ self(second).T  # (B, B)
+        same, other = scores.diag(), scores[~torch.eye(len(scores), dtype=torch.bool)]
+        if float(scores.std()) < 1e-2:
+            raise IdentityError(
+                f"every pair scores {float(scores.mean()):.2f}: this is no face embedder, or it scales its own input "
+                "(insightface already maps pixels to [-1, 1])"
+            )
+        return float((same[:, None] > other[None]).float().mean())
+
+
+class FaceEmbedder(SubjectEmbedder):
     """An ArcFace ONNX file, loaded by insightface.
 
     Args:
@@ -136,17 +172,43 @@ class FaceEmbedder:
         )
         return F.normalize(torch.from_numpy(vectors).float(), dim=1)  # (B, E)
 
-    def check(self, first: Tensor, second: Tensor) -> float:
-        """Area under the ROC curve on known pairs: row i of both shows one subject.
 
-        Raises:
-            IdentityError: all pairs look alike, as they do when a network scales its own input.
-        """
-        scores = self(first) @ self(second).T  # (B, B)
-        same, other = scores.diag(), scores[~torch.eye(len(scores), dtype=torch.bool)]
-        if float(scores.std()) < 1e-2:
-            raise IdentityError(
-                f"every pair scores {float(scores.mean()):.2f}: this is no face embedder, or it scales its own input "
-                "(insightface already maps pixels to [-1, 1])"
-            )
-        return float((same[:, None] > other[None]).float().mean())
+def copy_paste_score(generated: Tensor, reference: Tensor, other_view: Tensor) -> Tensor:
+    """Whether generated faces copy the reference picture or show the person anew.
+
+    A similarity to the reference alone is highest for a pasted copy of it. With a second, true picture of the same
+    person, and the angle a(u, v) = arccos(u . v) between two embeddings, the score of each row is
+
+        (a(generated, other_view) - a(generated, reference)) / a(reference, other_view)
+
+    It is 1 for a copy of the reference, -1 for the other view itself, and 0 where the face is as far from one as from
+    the other. Angles obey the triangle inequality, so it lies in [-1, 1]. It says nothing of how alike the faces are:
+    a stranger scores about 0 as well, so report the similarity to `other_view` beside it.
+
+    Args:
+        generated: unit vectors (B, E) of generated faces.
+        reference: unit vectors (B, E) of the pictures that the model was given.
+        other_view: unit vectors (B, E) of other true pictures of the same people.
+
+    Returns:
+        Scores (B,), NaN where reference and other view are one picture (an angle below `SAME_PICTURE`): nothing can
+        be told there, and such rows are to be left out of a mean (`torch.nanmean`).
+
+    Raises:
+        IdentityError: shapes differ, or rows that are no unit vectors.
+
+    Source: the copy-paste measure of WithAnyone, arXiv 2510.14975.
+    """
+    for name, vectors in (("generated", generated), ("reference", reference), ("other_view", other_view)):
+        if vectors.ndim != 2 or vectors.shape != generated.shape:
+            raise IdentityError(f"{name} is {tuple(vectors.shape)}; expected {tuple(generated.shape)}, that is (B, E)")
+        if not torch.allclose(vectors.norm(dim=1), vectors.new_ones(len(vectors)), atol=1e-3):
+            raise IdentityError(f"{name}: rows are no unit vectors; give what an embedder returns")
+    between = _angle(reference, other_view)  # (B,)
+    score = (_angle(generated, other_view) - _angle(generated, reference)) / between
+    return torch.where(between < SAME_PICTURE, torch.nan, score.clamp(-1, 1))
+
+
+def _angle(first: Tensor, second: Tensor) -> Tensor:
+    """Angles (B,) in radians between rows of unit vectors, exact for small ones too, where arccos is not."""
+    return 2 * torch.atan2((first - second).norm(dim=1), (first + second).norm(dim=1))

@@ -1,5 +1,8 @@
 """What several test files share: valid settings of the smallest size, and a project of two tiny notebooks."""
 
+import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,8 @@ import nbformat
 import pytest
 import torch
 import yaml
+
+from nmlib import runtime
 
 SMOKE = Path(__file__).parent.parent / "params" / "smoke.yaml"
 
@@ -69,6 +74,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     torch.set_num_threads(1)
     return toy.train_everything(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def photographs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of photographs of two public figures, fetched once from the package index into pytest's cache."""
+    folder = pytestconfig.cache.mkdir("photographs") / "test_images"
+    if not folder.is_dir():
+        download = tmp_path_factory.mktemp("download")
+        command = "-m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all:".split()
+        try:
+            subprocess.run(
+                [sys.executable, *command, "--dest", str(download), "face-recognition==1.3.0"],
+                check=True,
+                capture_output=True,
+                timeout=120,
+            )
+        except (subprocess.SubprocessError, OSError) as error:
+            pytest.skip(f"the package index gave no photographs ({error})")
+        with tarfile.open(next(download.glob("*.tar.gz"))) as archive, runtime.atomic_folder(folder) as temporary:
+            for member in archive.getmembers():
+                if "/test_images/" in member.name and member.isfile():
+                    member.name = Path(member.name).name
+                    archive.extract(member, temporary, filter="data")
+    return folder
 
 
 @pytest.fixture

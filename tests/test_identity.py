@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy import SOURCE, Trained, raised
 
 from nmlib import data, identity
 from nmlib.config import IdentityConfig, OptimConfig
-from nmlib.identity import ArcFaceTrainer, Embedder, FaceEmbedder, IdentityError
+from nmlib.identity import ArcFaceTrainer, Embedder, FaceEmbedder, IdentityError, copy_paste_score
 from nmlib.train import fit
 
 CHANCE = data.step_generator(4, 0)
@@ -77,6 +79,79 @@ def test_a_network_for_which_all_are_alike_is_refused(tmp_path: Path) -> None:
     blind = FaceEmbedder(tmp_path / "blind.onnx")
     text = raised(lambda: blind.check(PICTURES, PICTURES.flip(0)), IdentityError)
     assert text.startswith("every pair scores 1.00: this is no face embedder, or it scales its own input")
+
+
+class ScalesItsInput(nn.Module):
+    """A network that maps pixels to [-1, 1] itself, which insightface has done already."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.inner((pixels - 127.5) / 127.5)
+
+
+def test_a_good_network_that_scales_its_own_input_is_refused(
+    trained: Trained, embedder: FaceEmbedder, tmp_path: Path
+) -> None:
+    """The same weights, with and without a second scaling: only the first tells subjects apart."""
+    others = SOURCE.render(SOURCE.other_view(PEOPLE, CHANCE), VALUES)
+    assert embedder.check(PICTURES, others) > 0.5
+    identity.export_onnx(ScalesItsInput(trained.modules["identity"].embedder), tmp_path / "twice.onnx")  # type: ignore[arg-type]
+    text = raised(lambda: FaceEmbedder(tmp_path / "twice.onnx").check(PICTURES, others), IdentityError)
+    assert text.startswith("every pair scores 1.00: this is no face embedder, or it scales its own input")
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (3, 2), (0, 0)])
+def test_check_needs_pairs(first: int, second: int) -> None:
+    axes = torch.eye(3)[:, :, None, None]
+    text = raised(lambda: Scripted().check(axes[:first], axes[:second]), IdentityError)
+    assert text == f"{first} and {second} pictures: expected the same 2 or more subjects twice"
+
+
+def on_circle(*degrees: float) -> Tensor:
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], dim=1).float()
+
+
+def test_copy_paste_score_by_hand() -> None:
+    """Reference at 0 degrees, other view at 50: a copy, the other view, half way, near the copy, beyond it."""
+    generated = on_circle(0, 50, 25, 10, -30)
+    score = copy_paste_score(generated, on_circle(*[0] * 5), on_circle(*[50] * 5))
+    torch.testing.assert_close(score, torch.tensor([1.0, -1.0, 0.0, (40 - 10) / 50, 1.0]), atol=1e-5, rtol=0)
+
+
+def test_copy_paste_score_of_small_angles_is_exact() -> None:
+    score = copy_paste_score(on_circle(0.025), on_circle(0), on_circle(0.1))
+    torch.testing.assert_close(score, torch.tensor([0.5]), atol=1e-3, rtol=0)
+
+
+def test_copy_paste_score_of_one_picture_twice_says_nothing() -> None:
+    score = copy_paste_score(on_circle(0, 20, 0), on_circle(0, 0, 0), on_circle(0, 0, 90))
+    assert score.isnan().tolist() == [True, True, False] and float(score.nanmean()) == 1.0
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31))
+def test_copy_paste_score_is_bounded_and_odd(seed: int) -> None:
+    """Swapping reference and other view changes the sign; a stranger at a right angle to both scores 0."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = nn.functional.normalize(torch.randn(3, 5, 7, generator=generator), dim=-1)
+    score = copy_paste_score(*vectors)
+    assert ((score >= -1) & (score <= 1)).all()
+    torch.testing.assert_close(copy_paste_score(vectors[0], vectors[2], vectors[1]), -score)
+    stranger = torch.eye(8)[7:].expand(5, 8)
+    padded = nn.functional.pad(vectors, (0, 1))
+    torch.testing.assert_close(copy_paste_score(stranger, *padded[1:]), torch.zeros(5), atol=1e-5, rtol=0)
+
+
+def test_copy_paste_score_refuses_what_is_no_embedding() -> None:
+    good = on_circle(0, 1, 2)
+    text = raised(lambda: copy_paste_score(good, good[:2], good), IdentityError)
+    assert text == "reference is (2, 2); expected (3, 2), that is (B, E)"
+    text = raised(lambda: copy_paste_score(good, good, 2 * good), IdentityError)
+    assert text == "other_view: rows are no unit vectors; give what an embedder returns"
 
 
 def test_files_that_are_no_embedder(trained: Trained, tmp_path: Path) -> None:
