@@ -26,6 +26,7 @@ from nmlib.sources import Clip, IdentityClips, Source, attribute_index
 
 ALWAYS = {"same": (), "masked": ("background", "shirt", "hat"), "paired": ("background",)}  # said in every recall
 VIEW = ("framing", "pose")
+OWN = "own"  # the value of an attribute that says: as the subject's numbers have it
 PROBE_SEED = 80_000
 
 
@@ -211,7 +212,9 @@ class PeopleBuilder:
             for place, attribute in enumerate(attributes):
                 if attribute.name not in named or pairing == "same":
                     continue
-                options = [v for v, word in enumerate(attribute.values) if attribute.details.get(word)]
+                options = [value for value, word in enumerate(attribute.values) if attribute.details.get(word)]
+                if attribute.values[start[place]] != OWN:  # nobody knows somebody's own hair who only saw it dyed
+                    options = [value for value in options if attribute.values[value] != OWN]
                 if attribute.name in VIEW:  # another view than that of the introduction
                     options = [value for value in options if value != start[place]]
                 values[place] = rng.choice(options)
