@@ -4,6 +4,7 @@ A table has one row for every conversation (and round) measured, so that any ave
 from it later. Records hold the averages with their 95% bootstrap intervals over conversations.
 """
 
+import hashlib
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nmlib import chat, codec, curriculum, data, metrics, rollback
+from nmlib import batches, chat, codec, curriculum, data, metrics, rollback
 from nmlib.chat import POLICIES, System
 from nmlib.config import DataConfig
 from nmlib.conversation import Conversation
@@ -30,6 +31,17 @@ def load_system(run: Run, stage: str, seed: int = 0) -> System:
     """Encoder, detokenizer and the model of a stage, ready to talk."""
     model, template = curriculum.load_model(run.path(f"{curriculum.model_name(stage, seed)}.safetensors"))
     return System(codec.load_encoder(run), codec.load_detokenizer(run), model, template, run.params.source.image_size)
+
+
+def read_sets(run: Run, names: Iterable[str]) -> dict[str, data.ConversationFeatures]:
+    """Data sets of a run by name, with the features of its encoder; computed on the first call and kept."""
+    encoder = codec.load_encoder(run)
+    key = hashlib.sha256(run.path("encoder.safetensors").read_bytes()).hexdigest()
+
+    def encode(images: Tensor) -> Tensor:
+        return encoder(images.float() / 255)  # (B, N, D)
+
+    return {name: batches.load(run.params, name, run.path("data", name), encode, key) for name in names}
 
 
 def probe_conversations(
@@ -138,26 +150,37 @@ def record_rollback(run: Run, table: pd.DataFrame, minutes: float) -> None:
     for (stage, history, depth), part in table.groupby(["stage", "history", "depth"]):
         suffix = "" if history == "own" else "_clean"
         for column, name in (("accuracy", f"accuracy{suffix}"), ("retrieval", f"retrieval{suffix}")):
-            _record(run, f"rollback.{name}.depth{depth}.{stage}_trained", part, column, minutes)
+            record_column(run, f"rollback.{name}.depth{depth}.{stage}_trained", part, column, minutes)
         if history == "own":
             for reference, cut in part.groupby("reference"):
-                _record(run, f"rollback.accuracy.depth{depth}.{stage}_trained.{reference}", cut, "accuracy", minutes)
+                record_column(
+                    run, f"rollback.accuracy.depth{depth}.{stage}_trained.{reference}", cut, "accuracy", minutes
+                )
             cut = part[part["heldout_state"]]
             if len(cut):
                 name = f"rollback.accuracy_heldout_states.depth{depth}.{stage}_trained"
-                _record(run, name, cut, "accuracy", minutes)
+                record_column(run, name, cut, "accuracy", minutes)
     one = table[(table["stage"] == table["stage"].iloc[0]) & (table["history"] == "own") & (table["seed"] == 0)]
     for depth, part in one.groupby("depth"):
-        _record(run, f"rollback.accuracy.depth{depth}.ceiling", part, "ceiling", minutes)
-        _record(run, f"rollback.retrieval.depth{depth}.chance", part, "chance", minutes)
+        record_column(run, f"rollback.accuracy.depth{depth}.ceiling", part, "ceiling", minutes)
+        record_column(run, f"rollback.retrieval.depth{depth}.chance", part, "chance", minutes)
 
 
-def _record(run: Run, id_: str, part: pd.DataFrame, column: str, minutes: float, unit: str = "share") -> None:
+def record_column(
+    run: Run,
+    id_: str,
+    part: pd.DataFrame,
+    column: str,
+    minutes: float,
+    unit: str = "share",
+    module: str = "experiments",
+) -> None:
+    """Record the mean of a column of a table with its interval, as measured by a module of experiments."""
     interval = metrics.bootstrap(torch.tensor(part[column].to_numpy()), run.params.experiments.bootstrap)
     seeds = int(part["seed"].nunique()) if "seed" in part else 1
     write_record(
         run, id_, interval.value, low=interval.low, high=interval.high, n=interval.n, seeds=seeds, unit=unit,
-        minutes=minutes, modules=("experiments",),
+        minutes=minutes, modules=(module,),
     )  # fmt: skip
 
 
@@ -188,7 +211,7 @@ def edit_table(run: Run, source: Source, stages: Sequence[str], seeds: int = 1) 
 def record_edits(run: Run, table: pd.DataFrame, minutes: float) -> None:
     """Write the records of `edit_table`."""
     for stage, part in table.groupby("stage"):
-        _record(run, f"edit.accuracy.{stage}_trained", part, "accuracy", minutes)
+        record_column(run, f"edit.accuracy.{stage}_trained", part, "accuracy", minutes)
 
 
 def drift_table(run: Run, source: Source, stage: str, embedder: FaceEmbedder) -> pd.DataFrame:
@@ -247,7 +270,7 @@ def record_drift(run: Run, table: pd.DataFrame, minutes: float) -> None:
     for (policy, index), part in table.groupby(["policy", "round"]):
         if index in (1, 5, 10, last):
             for column, unit in (("psnr", "dB"), ("ssim", ""), ("identity", "cosine"), ("accuracy", "share")):
-                _record(run, f"drift.{column}.round{index}.{policy}", part, column, minutes, unit)
+                record_column(run, f"drift.{column}.round{index}.{policy}", part, column, minutes, unit)
 
 
 class Stopwatch:

@@ -284,6 +284,30 @@ def bars(
     return figure
 
 
+def frontier(table: pd.DataFrame, lines: Mapping[str, float]) -> Figure:
+    """Identity against prompt compliance, a point with 95% bootstrap intervals for each stage.
+
+    Args:
+        table: rows of `people_experiments.personal_table`.
+        lines: name -> identity to mark, for example the ceiling.
+    """
+    figure = Figure(7.0, 4.4, layout="constrained")
+    axes = figure.subplots()
+    _plain(axes)
+    stages = list(table["stage"].unique())
+    for stage, colour in colours(stages).items():
+        part = table[table["stage"] == stage]
+        x, y = (bootstrap(torch.tensor(part[name].to_numpy()), 400) for name in ("compliance", "identity"))
+        spread = [[[p.value - p.low], [p.high - p.value]] for p in (x, y)]
+        axes.errorbar(x.value, y.value, xerr=spread[0], yerr=spread[1], fmt="o", color=colour, capsize=2)
+        axes.annotate(stage, (x.value, y.value), xytext=(5, 4), textcoords="offset points", fontsize=8.5, color=colour)
+    for name, value in lines.items():
+        axes.axhline(value, color=MUTED, linestyle="--", linewidth=1)
+        axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, color=MUTED, va="bottom")
+    axes.set(xlabel="named attributes that are right", ylabel="similarity to another true picture")
+    return figure
+
+
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], columns: Mapping[str, str]) -> Figure:
     """Losses by training step, a panel for each kind of loss.
 

@@ -48,7 +48,7 @@ LAYERS = (
     ),
     ("cache", "mllm"),
     ("codec", "curriculum", "judges", "train"),
-    ("chat", "experiments", "metrics", "quality"),
+    ("chat", "experiments", "metrics", "people_experiments", "quality"),
     ("__main__", "book", "diagrams", "pipeline", "plots", "steps", "terminal", "widgets"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
