@@ -147,6 +147,7 @@ class ClipTrainer(nn.Module):
         super().__init__()
         self.tokenizer = build_tokenizer(source.attributes)
         self.clip = new_clip(settings, self.tokenizer, source.image_size)
+        self.image_size = source.image_size
         self.sizes = [len(source.attributes[place].values) for place in prompts.visible(source)]
 
     def forward(
@@ -193,9 +194,9 @@ class ClipTrainer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and how pictures are prepared, in transformers' format, whole or not at all."""
-        size = self.clip.config.vision_config.image_size
+        side = self.image_size
         prepare = CLIPImageProcessorPil(
-            size={"height": size, "width": size}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            size={"height": side, "width": side}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
         )
         with atomic_folder(folder) as temporary, _quiet():
             self.clip.save_pretrained(temporary)
@@ -240,13 +241,14 @@ class ClipScorer:
             raise ComplianceError(f"{folder}: holds a model of type {kind!r}, expected 'clip'; give a CLIP's folder")
         try:
             with _quiet():
-                self._clip, loading = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+                loaded: Any = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
                 self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
                 self._prepare = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers, tokenizers and safetensors raise kinds that share no base
             reason = " ".join(str(error).split())
             raise ComplianceError(f"{folder}: damaged or incomplete ({reason}); put the missing file back") from None
-        absent = sorted([*loading["missing_keys"], *loading["mismatched_keys"]], key=str)
+        self._clip: CLIPModel = loaded[0]
+        absent = sorted([*loaded[1]["missing_keys"], *loaded[1]["mismatched_keys"]], key=str)
         if absent:
             raise ComplianceError(f"{folder}: {len(absent)} weights are missing or misshapen, the first is {absent[0]}")
         self._clip.to(runtime.device()).eval().requires_grad_(False)
@@ -268,7 +270,7 @@ class ClipScorer:
         Raises:
             ComplianceError: a text is longer than this CLIP reads.
         """
-        limit, vectors = self._clip.config.text_config.max_position_embeddings, []
+        limit, vectors = self._clip.text_model.config.max_position_embeddings, []
         for start in range(0, len(texts), CHUNK):
             words = self._tokenizer(list(texts[start : start + CHUNK]), padding=True, return_tensors="pt")
             lengths = words["attention_mask"].sum(1)  # (B,)

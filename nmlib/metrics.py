@@ -141,7 +141,7 @@ def attribute_compliance(
     Args:
         predictions: (B, N, D).
         subjects: (B, S) who is shown, and in which view.
-        values: (B, A) the asked states; of an attribute that is not named, what the picture has there.
+        values: (B, A) the asked states; for an attribute that is not named, what the picture should keep there.
         named: (B, A) bool, what the prompt names.
         candidates: draws and encodes.
 
