@@ -10,7 +10,9 @@ from toy import FEATURES, SOURCE, TOKENS, conversations, draw, random_tree
 
 from nmlib import config, data
 from nmlib.config import SourceConfig
+from nmlib.conversation import Conversation
 from nmlib.data import ConversationFeatures
+from nmlib.people import PeopleSource
 from nmlib.photos import PhotoSource
 from nmlib.sources import attribute_index, attribute_sizes
 from nmlib.storage import save_conversations
@@ -33,9 +35,10 @@ def encode(images: Tensor) -> Tensor:
 
 
 def test_a_params_file_opens_its_source() -> None:
-    world, photos = (data.open_source(SourceConfig(kind=kind, image_size=32)) for kind in ("world", "photos"))
-    assert isinstance(world, WorldSource) and isinstance(photos, PhotoSource)
-    assert world.image_size == photos.image_size == 32
+    kinds = ("world", "people", "photos")
+    world, people, photos = (data.open_source(SourceConfig(kind=kind, image_size=32)) for kind in kinds)
+    assert type(world) is WorldSource and isinstance(people, PeopleSource) and isinstance(photos, PhotoSource)
+    assert world.image_size == people.image_size == photos.image_size == 32
 
 
 def test_attributes_are_found_by_name() -> None:
@@ -126,6 +129,33 @@ def test_features_are_computed_once_and_anew_when_encoder_or_pictures_change(tmp
     assert torch.equal(found.features[0], encode(second.images)) and found.conversations[0].id == "second"
 
 
+def test_weights_are_kept_beside_the_features_and_follow_their_conversations(tmp_path: Path) -> None:
+    calls = []
+
+    def weigh(told: Conversation) -> Tensor:
+        calls.append(told.id)
+        return torch.full((len(told), 3), float(len(told.id)))
+
+    told = [draw(c) for c in conversations()]
+    save_conversations(told, tmp_path)
+    assert data.load_features(tmp_path, encode, "a").take_weights([0]) is None
+    for _ in range(2):
+        found = data.load_features(tmp_path, encode, "a", weigh, "by length")
+        weights = found.take_weights([1, 0])
+        assert weights is not None and weights[:, 2, 1].tolist() == [6.0, 5.0] and weights.shape == (2, 4, 3)
+    assert calls == ["first", "second"], "computed once"
+    data.load_features(tmp_path, encode, "a", weigh, "otherwise")
+    assert len(calls) == 4
+    assert data.load_features(tmp_path, encode, "a").weights is None, "nobody asked for them"
+
+
+def test_a_batch_is_taken_by_its_indices() -> None:
+    found = some()
+    indices = found.batch_indices(3, 24, seed=5)
+    told, features = found.batch(3, 24, seed=5)
+    assert told == [found.conversations[index] for index in indices] and features[:, 0, 0, 0].tolist() == indices
+
+
 # ---------------------------------------------------------------------------------------------------------
 # settings that the data must fit
 
@@ -144,6 +174,17 @@ def test_conversations_longer_than_the_model_counts_are_refused(tiny: dict[str, 
         config.parse(tiny, "tiny.yaml")
     tiny["model"]["max_rounds"] = 17
     assert config.parse(tiny, "tiny.yaml").model.max_rounds == 17
+
+
+def test_conversations_about_people_need_people_and_fit_the_model(tiny: dict[str, Any]) -> None:
+    tiny["people"] = {"stage1": {"conversations": 3, "rounds": [5, 17], "pairing": "same"}}
+    with pytest.raises(config.ParamsError, match=r"people: needs source\.kind 'people', found 'world'"):
+        config.parse(tiny | {"people": {"stage1": tiny["people"]["stage1"] | {"rounds": [5]}}}, "tiny.yaml")
+    tiny["source"]["kind"] = "people"
+    with pytest.raises(config.ParamsError, match=r"model\.max_rounds is 16, but conversations have up to 17 rounds"):
+        config.parse(tiny, "tiny.yaml")
+    tiny["people"]["stage1"]["rounds"] = [5, 16]
+    assert config.parse(tiny, "tiny.yaml").people["stage1"].pairing == "same"
 
 
 @pytest.mark.parametrize(

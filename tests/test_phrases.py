@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from toy import SOURCE, raised
 
 from nmlib import layout, phrases
+from nmlib.names import names
+from nmlib.people import PEOPLE_ATTRIBUTES
 from nmlib.photos import PhotoSource
 from nmlib.sources import Attribute
 from nmlib.world import WorldSource
@@ -119,6 +121,41 @@ def test_every_word_is_seen_in_training() -> None:
     unseen = set(phrases.vocabulary(WORLD.attributes)) - seen
     assert unseen <= {"said"}, f"never in training: {sorted(unseen)}"  # of quotes, which exact sources never make
     assert markers <= seen
+
+
+def about_people(rng: random.Random, name: str, split: str) -> list[str]:
+    """One sentence of every kind with a name."""
+    places = rng.sample(range(8), 4)
+    values = [rng.randrange(len(a.values)) or int(a.name in ("framing", "pose")) for a in PEOPLE_ATTRIBUTES]
+    attributes, said = [PEOPLE_ATTRIBUTES[p] for p in places], [values[p] for p in places]
+    return [
+        phrases.introduce_sentence(rng, name, split),
+        phrases.introduce_by_words(rng, name, attributes, said, split),
+        phrases.recall_sentence(rng, name, attributes, said, split),
+        phrases.rename_sentence(rng, name, lambda: phrases.edit_clause(rng, attributes[0], "own"), split)
+        if attributes[0].name in ("framing", "pose")
+        else phrases.rename_sentence(rng, name, lambda: "go away", split),
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9), split=st.sampled_from(SPLITS))
+def test_sentences_about_people_are_split_by_the_words_around_the_name(seed: int, split: str) -> None:
+    rng = random.Random(seed)
+    name = rng.choice(names("any"))
+    for text in about_people(rng, name, split):
+        assert name in text.split() and phrases.clean(text) == text and "{" not in text
+        assert phrases.is_heldout(phrases.without_name(text, name)) == (split == "heldout")
+
+
+def test_every_word_about_people_is_seen_in_training() -> None:
+    rng, seen = random.Random(1), set[str]()
+    for _ in range(3000):
+        for text in about_people(rng, "zoe", "train"):
+            seen |= set(text.split())
+    own = set(phrases.vocabulary(PEOPLE_ATTRIBUTES, ["zoe"])) - set(phrases.vocabulary(PEOPLE_ATTRIBUTES))
+    assert own and not own - seen, f"never in training: {sorted(own - seen)}"
+    assert "zoe" not in phrases.vocabulary(PEOPLE_ATTRIBUTES)
 
 
 def test_a_grammar_without_a_sentence_in_the_split_says_so() -> None:
