@@ -154,6 +154,65 @@ class ModelConfig(Settings):
         return self
 
 
+class SeedXVisionConfig(Settings):
+    """The Qwen ViT that SEED-X freezes; the defaults are the released sizes."""
+
+    image_size: Count = 448
+    patch_size: Count = 14
+    width: Count = 1664
+    layers: Count = 48
+    heads: Count = 16
+    mlp_size: Count = 8192
+    tokens: Annotated[int, Field(ge=1, description="tokens of an encoded image; a square number")] = 256
+    feature_dim: Count = 4096
+    pool_heads: Count = 32
+
+
+class SeedXConfig(Settings):
+    """SEED-X; the defaults are the released 17B model (Ge et al., arXiv 2404.14396).
+
+    `history` is what a later round reads of a predicted picture: `repeat` brings its tokens back to the number that
+    the encoder gives, `direct` reads them as they are, `states` keeps the keys and values of its query tokens.
+    """
+
+    vision: SeedXVisionConfig = SeedXVisionConfig()
+    model: ModelConfig = ModelConfig(
+        hidden_size=5120, intermediate_size=13824, layers=40, heads=40, resampler_heads=32, lora_rank=32,
+        lora_alpha=32, lora_dropout=0.05, response="polite", markers=False,
+    )  # fmt: skip
+    queries: Annotated[int, Field(ge=1, description="query tokens of a generated image, N; a square number")] = 64
+    words: Annotated[int, Field(ge=1, description="vocabulary before SEED-X's own tokens are added")] = 32000
+    image_words: Count = 100
+    location_words: Annotated[int, Field(ge=0)] = 224
+    max_positions: Count = 2048
+    max_length: Annotated[int, Field(ge=1, description="tokens of the longest training sample")] = 2048
+    grids: tuple[Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*$")], ...] = ("1x1",)
+    history: Literal["repeat", "direct", "states"] = "repeat"
+
+    @property
+    def vocabulary(self) -> int:
+        """Words with the added ones: images, locations, and the opening and closing of image, patch and box."""
+        return self.words + self.image_words + self.location_words + 6
+
+    @property
+    def pooling(self) -> int:
+        """Encoder tokens that are averaged to one target token."""
+        return self.vision.tokens // self.queries
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> "SeedXConfig":
+        for name, count in (("queries", self.queries), ("vision.tokens", self.vision.tokens)):
+            if int(count**0.5) ** 2 != count:
+                raise ValueError(f"{name} {count} is not a square number: the tokens lie on a square grid")
+        if self.vision.tokens % self.queries:
+            raise ValueError(f"vision.tokens {self.vision.tokens} must be a multiple of queries {self.queries}")
+        if self.image_words < self.queries:
+            raise ValueError(f"image_words {self.image_words} must be at least queries {self.queries}")
+        if self.model.markers:
+            raise ValueError("model.markers must be false: SEED-X has no markers of rounds")
+        return self
+
+
 class StageConfig(Settings):
     """One training stage as data: where it starts, what it reads, what it may change.
 
@@ -204,6 +263,7 @@ class Params(Settings):
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     experiments: ExperimentsConfig
+    seedx: SeedXConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def tokens_per_image(self) -> int:
@@ -230,6 +290,8 @@ class Params(Settings):
             raise ValueError(
                 f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds"
             )
+        if self.seedx is not None and self.seedx.model != self.model:
+            raise ValueError("seedx.model differs from model; write it once as `model: &model` and refer to `*model`")
         seen: set[str] = set()
         for stage in self.stages:
             if stage.start is not None and stage.start not in seen:

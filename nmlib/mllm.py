@@ -193,6 +193,14 @@ class HistoryMLLM(nn.Module):
         embeds = embeds.masked_scatter(layout.query_slots[..., None], queries.to(embeds.dtype))
         return embeds.masked_scatter(layout.history_slots[..., None], images.to(embeds.dtype))  # (B, T, D)
 
+    def to_target(self, features: Tensor) -> Tensor:
+        """What the queries shall predict of an image's features; here the features themselves."""
+        return features
+
+    def to_history(self, predicted: Tensor) -> Tensor:
+        """A predicted image in the form in which features enter the history; here as it is."""
+        return predicted
+
     def predict(self, layout: Layout, history: Tensor, output_attentions: bool = False) -> Output:
         """Image features at the query slots and logits at the supervised text slots."""
         embeds, mask = self.embed(layout, history), layout.attention_mask()
@@ -249,7 +257,7 @@ class HistoryMLLM(nn.Module):
         if history_noise:
             history = history + history_noise * torch.randn_like(history)
         output = self.predict(layout, history)
-        targets = features[layout.queries[:, 0], layout.queries[:, 1]]  # (Q, N, D_feature)
+        targets = self.to_target(features[layout.queries[:, 0], layout.queries[:, 1]])  # (Q, N, D_feature)
         image = ((output.images.float() - targets) / self.feature_scale).square().mean()
         labels = layout.labels[layout.labels != IGNORE]  # (L,)
         text = F.cross_entropy(output.logits.float(), labels) if len(labels) else image.new_zeros(())
@@ -261,6 +269,7 @@ class HistoryMLLM(nn.Module):
     def _own_history(self, layout: Layout, features: Tensor, history: Tensor, replaced: Tensor) -> Tensor:
         """True history with the chosen pictures replaced by predictions made from true history."""
         own = features.clone()
-        own[layout.queries[:, 0], layout.queries[:, 1]] = self.predict(layout, history).images.to(features.dtype)
+        predicted = self.to_history(self.predict(layout, history).images)
+        own[layout.queries[:, 0], layout.queries[:, 1]] = predicted.to(features.dtype)
         mixed = torch.where(replaced[..., None, None], own, features)  # (B, R, N, D_feature)
         return mixed[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)
