@@ -59,15 +59,32 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> N
     Raises:
         CheckpointError: names every key that does not fit.
     """
-    own = module.state_dict()
-    faults = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in own]
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    require_fit(own, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, type(module).__name__, where)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def misfits(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, unexpected or misshapen among named shapes; empty when all fits."""
+    faults = [f"missing {name} {expected[name]}" for name in expected if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in expected]
     faults += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        f"{name} has shape {found[name]}, expected {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
     ]
+    return faults
+
+
+def require_fit(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], kind: str, where: str
+) -> None:
+    """Hold named shapes to those of a module.
+
+    Raises:
+        CheckpointError: names every key that does not fit.
+    """
+    faults = misfits(expected, found)
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise CheckpointError(f"{where}: does not fit {type(module).__name__}: {shown}")
-    module.load_state_dict(dict(tensors), strict=True)
+        raise CheckpointError(f"{where}: does not fit {kind}: {shown}")

@@ -98,12 +98,22 @@ class SeedXTemplate(Template):
     def ask(self, sample: Sample, text: str, positions: Positions = (), picture_first: bool = True) -> Sample:
         """Append an instruction, with a picture before or after its text; nothing of it is learned."""
         block = self.picture(positions) if positions else ""
-        ids = self.encode(
-            f"{INST} {block}{text} {END_INST}\n" if picture_first else f"{INST} {text}{block} {END_INST}\n"
-        )
-        sample.add(ids, kinds=[READ if id in self._slots else WORD for id in ids])
+        asked = f"{block}{text}" if picture_first else f"{text}{block}"
+        self.place(sample, f"{INST} {asked} {END_INST}\n", READ, len(positions))
         sample.positions += positions
         return sample
+
+    def place(self, sample: Sample, text: str, kind: int, pictures: int) -> None:
+        """Append text in which a number of pictures stand, as slots of one kind; nothing of it is learned.
+
+        Raises:
+            SampleError: the text brings query tokens of its own.
+        """
+        ids = self.encode(text)
+        kinds = [kind if id_ in self._slots else WORD for id_ in ids]
+        if len(ids) - kinds.count(WORD) != pictures * self.tokens_per_image:
+            raise SampleError(f"text holds image words such as {image_token(0)}; expected plain words, found {text!r}")
+        sample.add(ids, kinds=kinds)
 
     def reply_with(self, sample: Sample, response: str, kind: int, *, learn: bool, learn_image: bool) -> Sample:
         """Append a response and the picture after it.
@@ -115,11 +125,13 @@ class SeedXTemplate(Template):
             learn: whether the words are supervised.
             learn_image: whether the opening `<img>` is.
         """
-        ids = self.encode(response + self.picture())
-        start = len(ids) - self.tokens_per_image - 2  # of `<img>`
-        labels = [*(ids[:start] if learn else [IGNORE] * start), self.boi if learn_image else IGNORE]
-        labels += [IGNORE] * (len(ids) - len(labels))
-        sample.add(ids, labels, [kind if id in self._slots else WORD for id in ids])
+        start = len(sample.ids)
+        self.place(sample, response + self.picture(), kind, 1)
+        opening = len(sample.ids) - self.tokens_per_image - 2  # where `<img>` stands
+        if learn:
+            sample.labels[start:opening] = sample.ids[start:opening]
+        if learn_image:
+            sample.labels[opening] = self.boi
         if kind == READ:
             sample.positions.append(WHOLE)
         return sample
