@@ -52,16 +52,15 @@ class Report(NamedTuple):
     """What was found in a folder."""
 
     folder: Path
-    sizes: str
     parts: list[PartReport]
 
     @property
     def fits(self) -> bool:
         """Whether everything that was found fits, and everything that is needed was found."""
-        return not any(part.faults for part in self.parts)
+        return bool(self.parts) and not any(part.faults for part in self.parts)
 
     def __str__(self) -> str:
-        lines = [str(self.folder), f"sizes        {self.sizes}"]
+        lines = [str(self.folder)]
         for part in self.parts:
             lines.append(f"{part.part:12} {part.line}")
             lines += [f"{'':12} - {fault}" for fault in part.faults[:SHOWN]]
@@ -101,7 +100,8 @@ def inspect(folder: Path) -> Report:
     reports = [
         _report(part, path, headers.get(part), broken.get(part), settings, paths) for part, path in paths.items()
     ]
-    return Report(folder, broken.get("sizes") or _sizes(settings), [report for report in reports if report is not None])
+    known = [PartReport("sizes", _sizes(settings), [broken["sizes"]] if "sizes" in broken else [])]
+    return Report(folder, known + [report for report in reports if report is not None])
 
 
 def _llama(path: Path | None) -> Mapping[str, Any]:
@@ -125,21 +125,20 @@ def infer(headers: Mapping[str, Mapping[str, Header]], stored: Mapping[str, Any]
     words = {name.replace("base_model.model.", "").replace(".base_layer", ""): header.shape
              for part in ("llm", "agent", "tuned") for name, header in headers.get(part, {}).items()}  # fmt: skip
     changes: dict[str, Any] = {}
-    if "llm.model.embed_tokens.weight" in words:
-        vocabulary, hidden = words["llm.model.embed_tokens.weight"]
-        inner = words["llm.model.layers.0.mlp.gate_proj.weight"][0]
+    if any(name.startswith("llm.") for name in words):
+        vocabulary = stored.get("vocab_size") or words["llm.model.embed_tokens.weight"][0]
+        inner = stored.get("intermediate_size") or words["llm.model.layers.0.mlp.gate_proj.weight"][0]
         ranks = [shape[0] for name, shape in words.items() if ".lora_A." in name]
-        sizes = {
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "layers": _count(words, r"llm\.model\.layers\.(\d+)\."),
-        }
-        sizes |= {
-            "heads": int(stored.get("num_attention_heads", 1)),
-            "resampler_heads": 1,
-            "lora_rank": max([*ranks, 1]),
-        }
-        changes["model"] = ModelConfig(**{**sizes, "response": "polite", "markers": False})
+        changes["model"] = ModelConfig(
+            hidden_size=stored.get("hidden_size") or words["llm.model.embed_tokens.weight"][1],
+            intermediate_size=inner,
+            layers=stored.get("num_hidden_layers") or _count(words, r"llm\.model\.layers\.(\d+)\."),
+            heads=stored.get("num_attention_heads") or 1,
+            resampler_heads=1,
+            lora_rank=max([*ranks, 1]),
+            response="polite",
+            markers=False,
+        )
     if "output_resampler.query" in words:
         changes["queries"], feature_dim = words["output_resampler.query"]
         changes["vision"] = SeedXVisionConfig(feature_dim=feature_dim)
@@ -179,8 +178,8 @@ def _sizes(settings: SeedXConfig | None) -> str:
     theirs = (released.vocabulary, released.queries, 5120, 13824, 40)
     kind = "the released ones" if ours == theirs else "not the released ones"
     return (
-        f"hidden {model.hidden_size:,}, {model.layers} layers, {settings.vocabulary:,} words, {settings.queries} queries, "
-        f"features {vision.tokens} x {vision.feature_dim:,}: {kind}"
+        f"hidden {model.hidden_size:,}, {model.layers} layers, {settings.vocabulary:,} words, "
+        f"{settings.queries} queries, features {vision.tokens} x {vision.feature_dim:,}: {kind}"
     )
 
 
