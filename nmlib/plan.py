@@ -71,18 +71,19 @@ def _trained(module: nn.Module) -> int:
 # memory of activations
 
 
-def layer_activation_bytes(model: ModelConfig, length: int, itemsize: int = 2) -> int:
+def layer_activation_bytes(model: ModelConfig, length: int, itemsize: int = 2, mask_itemsize: int = 1) -> int:
     """Bytes that one layer of LLaMA with LoRA keeps of one token for its backward pass, under an explicit mask.
 
     Args:
         model: sizes.
         length: tokens of the sequence; every token has a row of the mask.
         itemsize: bytes of a number, 2 in bfloat16.
+        mask_itemsize: bytes of an entry of a dropout mask: 1 on a GPU, a whole number on the CPU.
     """
     width, inner, rank = model.hidden_size, model.intermediate_size, model.lora_rank
     kept = itemsize * (8 * width + 4 * inner + LORA_LINEARS * rank)
-    if model.lora_dropout:  # what is dropped differs for each of the seven, so that they share no input
-        kept += (itemsize + 1) * (6 * width + inner) - itemsize * (3 * width + inner)
+    if model.lora_dropout:  # each of the seven drops others, so that they share no input
+        kept += (itemsize + mask_itemsize) * (6 * width + inner) - itemsize * (2 * width + inner)
     norms = 2 * (4 * width + 4)  # in 32 bit, with one root each
     return kept + norms + 4 * model.heads + itemsize * length
 

@@ -123,7 +123,8 @@ class SeedX(HistoryMLLM):
     def restore_buffers(self, device: torch.device | str) -> None:
         """Make anew what no file holds, after the model was built on the meta device."""
         model = self.base_llm.model
-        model.rotary_emb = type(model.rotary_emb)(config=model.config, device=torch.device(device))
+        with torch.device(device):
+            model.rotary_emb = type(model.rotary_emb)(config=model.config)
         for name in ("marker_ids", "slot_ids"):
             setattr(self, name, torch.zeros(0, dtype=torch.int64, device=device))
         self.feature_scale = torch.ones((), device=device)

@@ -149,7 +149,7 @@ def fill(
         for name, tensor in tensors_of(file):
             if not ignored(name):
                 value = tensor.to(dtype=dtype, device=device, copy=True)
-                set_module_tensor_to_device(module, rename(name), device, value=value)
+                set_module_tensor_to_device(module, rename(name), device, value=value, dtype=dtype)
 
 
 def load_agent(
@@ -192,9 +192,7 @@ def _check_llama(path: Path, settings: SeedXConfig) -> None:
     }
     for name, value in wanted.items():
         if stored.get(name, value) != value:
-            raise CheckpointError(
-                f"{path}: {name} is {stored[name]}, the settings say {value}; give the right settings"
-            )
+            raise CheckpointError(f"{path}: {name} is {stored[name]}, expected {value}; give the right settings")
 
 
 def load_vit(

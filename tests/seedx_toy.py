@@ -90,3 +90,49 @@ def vit(seed: int = 0) -> QwenViT:
     """An encoder in evaluation mode."""
     torch.manual_seed(seed)
     return QwenViT(settings().vision).eval()
+
+
+def write_released(folder: Path, *, shards: int = 3, lora: str = "", seed: int = 0) -> SeedX:
+    """Write a model as SEED-X releases it, encoder and tokenizer beside it; returns the agent that was written.
+
+    Args:
+        folder: the model's own, for example `pretrained/seed_x_i`.
+        shards: files of the language model.
+        lora: `old` or `new`: one file of a tuned agent, with LoRA as peft 0.4 or a later one names it.
+        seed: of the weights.
+    """
+    written = agent(seed)
+    folder.mkdir(parents=True)
+    if lora:
+        written.add_lora()
+        with torch.no_grad():
+            for name, parameter in written.named_parameters():
+                if "lora_B" in name or "modules_to_save" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        names = {name: name.replace(".base_layer", "") if lora == "old" else name for name in written.state_dict()}
+        torch.save({names[n]: t.clone() for n, t in written.state_dict().items()}, folder / "pytorch_model.bin")
+    else:
+        write_llm(folder / "llm", written, shards)
+        (folder / "agent").mkdir()
+        own = {name: t for name, t in written.state_dict().items() if not name.startswith("llm.")}
+        torch.save(own, folder / "agent" / "pytorch_model.bin")
+    (folder.parent / "QwenViT").mkdir()
+    named = {f"transformer.visual.{name}": tensor for name, tensor in vit(seed).state_dict().items()}
+    torch.save(named, folder.parent / "QwenViT" / "qwen_vit_G.pt")
+    write_tokenizer(folder.parent / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch", settings())
+    return written
+
+
+def write_llm(folder: Path, written: SeedX, shards: int) -> None:
+    """LLaMA in sharded `.bin` files with their index, and with the buffers that old versions stored."""
+    folder.mkdir()
+    tensors = dict(written.llm.state_dict())
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    names = sorted(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
+        torch.save({name: tensors[name].clone() for name in names[shard::shards]}, folder / file)
+        weight_map |= dict.fromkeys(names[shard::shards], file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    written.llm.config.save_pretrained(folder)
