@@ -28,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+checkpoints = typer.Typer(help="Look into weights.", no_args_is_help=True)
+app.add_typer(checkpoints, name="checkpoint")
 ParamsOption = Annotated[str, typer.Option("--params", help="Name of a file in params/, or the path of one.")]
 
 
@@ -142,6 +144,36 @@ def chat(
     else:
         session.upload(picture)
     chat.repl(session, opened.path("chat", stage))
+
+
+@checkpoints.command()
+def inspect(path: Annotated[Path, typer.Argument(help="Folder with llm/ and agent/, or of a tuned model.")]) -> None:
+    """Say what a folder of SEED-X weights is, what is missing and what does not fit."""
+    from nmlib import seedx_inspect  # loads the model libraries, which takes seconds
+    from nmlib.checkpoint import CheckpointError
+
+    try:
+        report = seedx_inspect.inspect(path)
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
+    typer.echo(report)
+    if not report.fits:
+        raise RunError(f"{path}: does not fit; see the lines with a dash above")
+
+
+@app.command()
+def plan(
+    params: Annotated[Path, typer.Argument(help="A params file with a `seedx` block, such as params/paper.yaml.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Graphics cards to share the work.")] = 8,
+    memory: Annotated[float, typer.Option(min=1, help="Memory of each card in GB.")] = 80.0,
+) -> None:
+    """Say what a training of SEED-X needs before a machine is rented: numbers, memory, tokens and operations."""
+    from nmlib import plan as planner
+
+    settings = config.load(params)
+    if settings.seedx is None:
+        raise RunError(f"{params}: no `seedx` block; the plan is for SEED-X's sizes, for example params/paper.yaml")
+    typer.echo(planner.report(settings, settings.seedx, gpus, memory))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

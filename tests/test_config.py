@@ -106,3 +106,21 @@ def test_digest_follows_values_only(tmp_path: Path, tiny: dict[str, Any]) -> Non
 def test_shipped_params_are_valid(path: Path) -> None:
     params = config.load(path)
     assert params.name == path.stem
+
+
+def test_seedx_sizes_agree_with_the_model(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    paper = yaml.safe_load((ROOT / "params" / "paper.yaml").read_text(encoding="utf-8"))
+    paper["seedx"]["model"] = paper["model"] | {"layers": 39}
+    assert "seedx.model differs from model; write it once" in refusal(write(tmp_path / "a.yaml", paper))
+    del paper["seedx"]["model"]["layers"]
+    paper["seedx"] |= {"model": paper["model"], "queries": 60}
+    assert "queries 60 is not a square number" in refusal(write(tmp_path / "b.yaml", paper))
+    paper["seedx"] |= {"queries": 144}
+    assert "vision.tokens 256 must be a multiple of queries 144" in refusal(write(tmp_path / "c.yaml", paper))
+    paper["seedx"] |= {"queries": 256}
+    assert "image_words 100 must be at least queries 256" in refusal(write(tmp_path / "d.yaml", paper))
+
+
+def test_an_absent_seedx_block_leaves_the_digest_alone(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Published records name the digest of their settings, which must not change with what they do not use."""
+    assert "seedx" not in config.load(write(tmp_path / "a.yaml", tiny)).model_dump(mode="json")

@@ -1,0 +1,159 @@
+"""The planner's parts against small models that are measured."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import seedx_toy
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nmlib import __main__ as cli
+from nmlib import config, plan
+from nmlib.config import ModelConfig, SeedXConfig
+from nmlib.resampler import Resampler
+from nmlib.seedx import SeedX
+
+ROOT = Path(__file__).parent.parent
+LENGTH, BATCH = 31, 2
+
+
+def model(layers: int = 2, dropout: float = 0.0) -> ModelConfig:
+    return ModelConfig(hidden_size=48, intermediate_size=116, layers=layers, heads=4, resampler_heads=4, lora_rank=3,
+                       lora_alpha=3, lora_dropout=dropout, response="polite", markers=False)  # fmt: skip
+
+
+def tuned(settings: ModelConfig, dtype: torch.dtype = torch.float32) -> SeedX:
+    torch.manual_seed(0)
+    agent = SeedX(seedx_toy.settings(model=settings))
+    agent.add_lora()
+    return agent.to(dtype).train()
+
+
+def read(agent: SeedX) -> torch.Tensor:
+    dtype = agent.dtype
+    embeds = torch.randn(BATCH, LENGTH, 48, dtype=dtype, requires_grad=True)
+    mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    return agent.base_llm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def saved_bytes(agent: SeedX) -> int:
+    """Bytes that autograd keeps for the backward pass, weights aside, each storage once."""
+    weights = {p.untyped_storage().data_ptr() for p in agent.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in weights:
+            kept[pointer] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        read(agent)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_of_a_layer(dtype: torch.dtype, dropout: float) -> None:
+    """What one more layer keeps is what the formula says, to the byte."""
+    measured = saved_bytes(tuned(model(3, dropout), dtype)) - saved_bytes(tuned(model(2, dropout), dtype))
+    planned = BATCH * LENGTH * plan.layer_activation_bytes(model(1, dropout), LENGTH, dtype.itemsize, dtype.itemsize)
+    assert measured == planned
+
+
+def test_activations_with_checkpointing() -> None:
+    settings = model(5)
+    layer = plan.layer_activation_bytes(settings, 100)
+    assert plan.activation_bytes(settings, 100, 3, checkpointing=False) == 5 * 3 * 100 * layer
+    assert plan.activation_bytes(settings, 100, 3) == 5 * 3 * 100 * 2 * 48 + 3 * 100 * layer
+
+
+def counted(run: Any) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_operations_of_the_language_model() -> None:
+    agent = tuned(model(3))
+    forward = counted(lambda: read(agent))
+    both = counted(lambda: read(agent).sum().backward())
+    assert forward == BATCH * plan.llm_flops(model(3), LENGTH)
+    assert both - forward == BATCH * plan.llm_flops(model(3), LENGTH, backward=True)
+
+
+def test_operations_of_resampler_and_encoder() -> None:
+    resampler = Resampler(9, 28, 7, 11)
+    run = counted(lambda: resampler(torch.randn(1, 25, 11)))
+    assert run == plan.resampler_flops(9, 28, 25, 11)
+    vit = seedx_toy.vit()
+    run = counted(lambda: vit(torch.randn(1, 3, seedx_toy.SIDE, seedx_toy.SIDE)))
+    assert run == plan.vit_flops(seedx_toy.settings())
+
+
+def test_operations_of_a_step() -> None:
+    """One pass over a sample forward and back, the encoder's beside it."""
+    settings, template = seedx_toy.settings(), seedx_toy.template()
+    torch.manual_seed(0)
+    agent, vit = SeedX(settings), seedx_toy.vit()
+    agent.add_lora()
+    sample = template.edit("make the hat red", "here it is")
+    batch = template.batch([sample])
+    pictures = torch.randn(2, 3, seedx_toy.SIDE, seedx_toy.SIDE)
+
+    def step() -> None:
+        with torch.no_grad():
+            features = vit(pictures)
+        agent(batch, features[None]).total.backward()
+
+    supervised = int((batch.labels != -100).sum())
+    planned = plan.step_flops(settings, len(sample.ids), 1, supervised, checkpointing=False)
+    assert counted(step) == pytest.approx(planned, rel=0.02)
+    again = plan.step_flops(settings, len(sample.ids), 1, supervised) - planned
+    assert again == plan.llm_flops(settings.model, len(sample.ids))
+
+
+def test_parameters_and_trained_ones() -> None:
+    settings = seedx_toy.settings()
+    agent = SeedX(settings)
+    plain = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.named_children()}
+    agent.add_lora()
+    trained = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    parts = {part.name: part for part in plan.count_parts(settings)}
+    assert parts["language model"].parameters == plain["llm"]
+    assert parts["input resampler"].parameters == plain["input_resampler"]
+    assert sum(part.trained for part in parts.values()) == trained
+    assert parts["LoRA"].trained == sum(p.numel() for n, p in agent.named_parameters() if "lora_" in n)
+    assert parts["image encoder"].parameters == sum(p.numel() for p in seedx_toy.vit().parameters())
+
+
+def test_bytes() -> None:
+    part = plan.Part("x", 1000, 10)
+    assert (part.weight_bytes, part.training_bytes) == (2000, 140)
+    tokens, states = plan.cache_bytes(SeedXConfig())
+    assert tokens == 512 * 1024 and states == 2 * 2 * 40 * 5120 * 66
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", str(ROOT / "params" / "paper.yaml"), "--gpus", "8"])
+    assert not caught.value.code
+    out = capsys.readouterr().out
+    assert "17,798,746,884 with it, LoRA merged" in out and "125,173,760" in out and "671,241,216" in out
+    assert "96 samples, at most 98,304 tokens" in out and ": fits" in out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", str(ROOT / "params" / "paper.yaml"), "--gpus", "1", "--memory", "24"])
+    assert "does not fit" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", str(ROOT / "params" / "cpu.yaml")])
+    assert caught.value.code == 1 and "no `seedx` block" in capsys.readouterr().err
+
+
+def test_paper_is_the_released_model() -> None:
+    settings = config.load(ROOT / "params" / "paper.yaml").seedx
+    assert settings is not None
+    released = SeedXConfig()
+    assert (settings.vision, settings.model.hidden_size, settings.vocabulary) == (released.vision, 5120, 32330)
+    assert settings.model == released.model
