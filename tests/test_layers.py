@@ -26,7 +26,7 @@ LAYERS = (
     ("cache", "mllm"),
     ("curriculum", "train"),
     ("chat", "experiments", "metrics", "quality"),
-    ("__main__", "book", "diagrams", "pipeline", "plots", "steps", "terminal", "widgets"),
+    ("__main__", "book", "diagrams", "explorers", "pipeline", "plots", "recordings", "steps", "terminal"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
