@@ -56,7 +56,7 @@ class ExplorerNode(Settings):
     reply: str
     image: PictureUri
     attention: tuple[Fraction, ...] = ()
-    alternatives: dict[str, PictureUri] = {}
+    alternatives: dict[str, PictureUri] = Field(default_factory=dict)
 
 
 class ExplorerState(Settings):

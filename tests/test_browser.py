@@ -148,10 +148,10 @@ def test_a_recorded_conversation_is_clicked_through(site: Site) -> None:
     expect(first.locator(".nm-tree button")).to_have_text(["#1", "#2", "#3", "#2b"])
     assert current(first) == "#2b" and page.locator(".nm-conversation input[type=text]:visible").count() == 0
     last, other = large(first), large(second)
-    first.get_by_role("button", name="Undo").click()
+    first.get_by_role("button", name="Undo", exact=True).click()
     assert current(first) == "#1" and large(first) != last
     expect(first.get_by_role("status")).to_contain_text("Undone. The current picture is #1 again")
-    first.get_by_role("button", name="Undo").click()
+    first.get_by_role("button", name="Undo", exact=True).click()
     expect(first.get_by_role("status")).to_contain_text("nothing to undo")
     choices = first.get_by_label("What was said to #1")
     assert choices.locator("option").all_inner_texts() == ["make the square red", "make the edge white"]
@@ -170,7 +170,7 @@ def test_a_recorded_conversation_is_clicked_through(site: Site) -> None:
     assert current(first) == "#3"
     first.get_by_role("button", name="Say it to the current picture").click()
     expect(first.get_by_role("status")).to_contain_text("Nothing that was said to this picture is recorded")
-    first.get_by_label("Conversation", exact=True).select_option("second")
+    first.get_by_role("combobox", name="Conversation").select_option("second")
     expect(first.locator(".nm-tree button")).to_have_text(["#1", "#2"])
     assert large(second) == other and current(second) == "#2", "the other explorer stayed as it was"
 
@@ -178,7 +178,7 @@ def test_a_recorded_conversation_is_clicked_through(site: Site) -> None:
 def test_keyboard_alone_is_enough(site: Site) -> None:
     page = site.open("all.html")
     explorer = page.locator(".nm-conversation").first
-    explorer.get_by_label("Conversation", exact=True).focus()
+    explorer.get_by_role("combobox", name="Conversation").focus()
     page.keyboard.press("Tab")  # past the scrolling list of bars
     for _ in range(12):
         if page.evaluate("document.activeElement.dataset.key") == "state-1":
@@ -209,7 +209,7 @@ def test_drift_by_slider_difference_and_play(site: Site) -> None:
     expect(drift.get_by_role("button", name="Pause")).to_be_visible()
     expect(drift.get_by_role("button", name="Play")).to_be_visible()  # it ends by itself
     expect(slider).to_have_value("2")
-    drift.get_by_label("Conversation", exact=True).select_option("Conversation 2")
+    drift.get_by_role("combobox", name="Conversation").select_option("Conversation 2")
     assert pixels.get_attribute("src") != before
 
 
@@ -293,7 +293,7 @@ def test_a_live_session_is_talked_to(site: Site) -> None:
     live.get_by_label("Suggestions").select_option("undo that")
     live.get_by_role("button", name="Say it to the current picture").click()
     expect(live.locator(".nm-tree button")).to_have_count(3)
-    live.get_by_role("button", name="Undo").click()
+    live.get_by_role("button", name="Undo", exact=True).click()
     expect(live.locator(".nm-tree [aria-current=true]")).to_have_text("#2")
     live.get_by_role("button", name="Picture #1").click()
     live.get_by_label("Say", exact=True).fill("paint the ground dark")
@@ -302,6 +302,6 @@ def test_a_live_session_is_talked_to(site: Site) -> None:
     live.get_by_role("button", name="Picture #3").click()
     live.get_by_role("button", name="Go to").click()
     expect(live.locator(".nm-tree [aria-current=true]")).to_have_text("#3")
-    live.get_by_label("Conversation", exact=True).select_option("second")
+    live.get_by_role("combobox", name="Conversation").select_option("second")
     expect(live.locator(".nm-tree button")).to_have_count(1)
     assert [len(recorder.session.tokens) for recorder in recorders] == [4, 1]

@@ -15,7 +15,7 @@ from toy import SOURCE, TOKENS, conversations, draw, raised, random_tree, system
 from nmlib import book, metrics, recordings
 from nmlib.chat import POLICIES, ChatSession
 from nmlib.conversation import Conversation, to_picture
-from nmlib.explorers import FRONT, ConversationExplorer, Controls, DriftExplorer, IdentityExplorer, controls
+from nmlib.explorers import FRONT, Controls, ConversationExplorer, DriftExplorer, IdentityExplorer, controls
 from nmlib.mllm import HistoryMLLM, Output
 from nmlib.recordings import (
     DriftConversation,
@@ -122,7 +122,9 @@ def test_drift_and_identity_must_be_complete() -> None:
     del raw["cases"][0]["results"]["joint"]
     text = raised(lambda: recordings.read(IdentityState, raw, "i"), ExplorerError)
     assert "case 'Person 1' has results of ['base', 'stage1']; expected ['base', 'joint', 'stage1']" in text
-    assert "with 0 cases" in raised(lambda: recordings.read(IdentityState, identity_state(cases=[]), "i"), ExplorerError)
+    assert "with 0 cases" in raised(
+        lambda: recordings.read(IdentityState, identity_state(cases=[]), "i"), ExplorerError
+    )
 
 
 def test_pictures_are_small_and_true() -> None:
@@ -356,4 +358,6 @@ def test_controls_start_from_the_first_value() -> None:
     made.children[0].value, made.children[1].value = "markov", 8
     assert made.values == {"stage": "markov", "seed": 8}
     assert "<tr><th>stage</th><td>markov</td></tr>" in made._repr_mimebundle_()["text/html"]
-    assert raised(lambda: controls(seed=range(0)), ExplorerError) == "setting 'seed' has no values; expected at least one"
+    assert (
+        raised(lambda: controls(seed=range(0)), ExplorerError) == "setting 'seed' has no values; expected at least one"
+    )

@@ -153,7 +153,9 @@ function render({ model, el }) {
     const children = nodes.filter((node) => node.parent === shown);
     if (live()) options(choices.select, ["or choose a sentence", ...state().suggestions], 0);
     else options(choices.select, children.length ? children.map((node) => node.instruction) : ["nothing recorded"], 0);
-    choices.field.firstChild.textContent = live() ? "Suggestions" : `What was said to ${labels[shown]}`;
+    const label = live() ? "Suggestions" : `What was said to ${labels[shown]}`;
+    choices.field.firstChild.textContent = label;
+    choices.select.setAttribute("aria-label", label);
     speak.textContent = here ? "Say" : "Branch";
     speak.setAttribute("aria-label", here ? "Say it to the current picture" : `Branch from ${labels[shown]}`);
     goTo.setAttribute("aria-disabled", String(here));

@@ -28,7 +28,7 @@ function redraw(root, draw) {
 
 // A labelled <select>; fill it with `options`.
 function chooser(key, label, onchange) {
-  const select = h("select", { "data-key": key, onchange: () => onchange(select.selectedIndex) });
+  const select = h("select", { "data-key": key, "aria-label": label, onchange: () => onchange(select.selectedIndex) });
   return { select, field: h("label", { class: "nm-field" }, h("span", {}, label), select) };
 }
 
