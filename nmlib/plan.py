@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nmlib.batches import set_settings
 from nmlib.config import ModelConfig, Params, SeedXConfig
 from nmlib.seedx import SeedX, count_parameters
 from nmlib.seedx_adapter import SDXLAdapter
@@ -165,7 +166,7 @@ def report(params: Params, settings: SeedXConfig, gpus: int, card_gb: float) -> 
         card_gb: memory of a card.
     """
     stage = params.stages[-1]
-    pictures = max(params.data[stage.data].rounds)
+    pictures = max(length for name in stage.data for length in set_settings(params, name).rounds)
     samples, length = stage.optim.batch_size, min(settings.max_length, settings.max_positions)
     own = -(-samples // gpus)
     lines = [f"{params.name}: {gpus} cards of {card_gb:g} GB, stage {stage.name!r}", "", *_weight_lines(settings, gpus)]

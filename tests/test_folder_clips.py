@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from toy import raised
 
-from nmlib.folder_clips import FolderClips
 from nmlib.conversation import ConversationError
+from nmlib.folder_clips import FolderClips
 from nmlib.phrases import is_heldout
 from nmlib.sources import IdentityClips
 

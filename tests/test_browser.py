@@ -1,0 +1,307 @@
+"""The explorers in a real Chromium: clicked on a static page, and talking to Python, with no other host in reach."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from test_explorers import branched, identity_state, plain_chains, session
+from toy import SOURCE, draw, system
+
+from nmlib import recordings
+from nmlib.explorers import ConversationExplorer, DriftExplorer, Explorer, IdentityExplorer
+from nmlib.recordings import IdentityState, SessionRecorder, data_uri, record_policies, record_session
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+OPTIONS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run",
+    "--disable-sync",
+]  # fmt: skip
+HEAD = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>test</title><link rel="icon" href="data:,">'
+    '<meta name="viewport" content="width=device-width"></head><body>'
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium found; install one, on Debian with `apt-get install chromium`"
+)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class Site:
+    """A folder served on loopback, and pages of it that may ask nobody else."""
+
+    def __init__(self, browser: Browser, folder: Path, address: str) -> None:
+        self.browser, self.folder, self.address = browser, folder, address
+        self.faults: list[str] = []
+
+    def _route(self, route: Route) -> None:
+        if route.request.url.startswith((self.address, "data:", "blob:")):
+            route.continue_()
+        else:
+            self.faults.append(f"asked {route.request.url}")
+            route.abort()
+
+    def page(self, width: int = 1000, theme: Any = "light") -> Page:
+        """An empty page whose errors and foreign requests are noted."""
+        page = self.browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme).new_page()
+        page.set_default_timeout(10_000)
+        page.route("**/*", self._route)
+        page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        return page
+
+    def open(self, name: str, **options: Any) -> Page:
+        """A page of the folder."""
+        page = self.page(**options)
+        page.goto(f"{self.address}/{name}")
+        return page
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        site = Site(browser, folder, f"http://127.0.0.1:{server.server_port}")
+        write(folder / "all.html", *explorers())
+        yield site
+        browser.close()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def site(served: Site) -> Iterator[Site]:
+    """The site; a test fails if its pages reported an error or asked another host."""
+    served.faults.clear()
+    yield served
+    for context in served.browser.contexts:
+        context.close()
+    assert served.faults == []
+
+
+def write(path: Path, *shown: Explorer) -> None:
+    path.write_text(HEAD + "\n<hr>\n".join(explorer.html() for explorer in shown), encoding="utf-8")
+
+
+def explorers() -> list[Explorer]:
+    """Two conversation explorers, a drift and an identity explorer."""
+    rivals = {"through pixels": (system(), "reencode")}
+    states = [record_session(branched(), "first", rivals), record_session(session("undo that"), "second")]  # type: ignore[arg-type]
+    pictures = [data_uri(SOURCE.render(*state)[0]) for state in squares()]
+    raw = identity_state()
+    names = [stage["name"] for stage in raw["stages"]]
+    for number in (1, 2):
+        results = {
+            name: {"image": pictures[place], "identity": 0.1 * place + 0.05 * number, "compliance": 0.5}
+            for place, name in enumerate(names)
+        }
+        case = {"title": f"Person {number}", "prompt": "in a hat", "reference": pictures[3], "results": results}
+        raw["cases"] = [*raw["cases"][: number - 1], case]
+    return [
+        ConversationExplorer(states),
+        ConversationExplorer(states[1:]),
+        DriftExplorer(record_policies(system(), [draw(tree) for tree in plain_chains()])),
+        IdentityExplorer(recordings.read(IdentityState, raw, "test")),
+    ]
+
+
+def squares() -> list[tuple[Any, Any]]:
+    import torch
+
+    return [(torch.tensor([[0.0, 0.1 * place]]), torch.tensor([[place % 3, 1, 0]])) for place in range(4)]
+
+
+def current(explorer: Any) -> str:
+    """The picture that a conversation explorer marks as the current one."""
+    return str(explorer.locator(".nm-tree [aria-current=true]").inner_text())
+
+
+def large(explorer: Any) -> str:
+    return str(explorer.locator(".nm-large img").get_attribute("src"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the static page
+
+
+def test_a_recorded_conversation_is_clicked_through(site: Site) -> None:
+    page = site.open("all.html")
+    first, second = page.locator(".nm-conversation").all()
+    expect(first.locator(".nm-badge")).to_have_text("recorded")
+    expect(first.locator(".nm-tree button")).to_have_text(["#1", "#2", "#3", "#2b"])
+    assert current(first) == "#2b" and page.locator(".nm-conversation input[type=text]:visible").count() == 0
+    last, other = large(first), large(second)
+    first.get_by_role("button", name="Undo", exact=True).click()
+    assert current(first) == "#1" and large(first) != last
+    expect(first.get_by_role("status")).to_contain_text("Undone. The current picture is #1 again")
+    first.get_by_role("button", name="Undo", exact=True).click()
+    expect(first.get_by_role("status")).to_contain_text("nothing to undo")
+    choices = first.get_by_label("What was said to #1")
+    assert choices.locator("option").all_inner_texts() == ["make the square red", "make the edge white"]
+    first.get_by_role("button", name="Say it to the current picture").click()
+    assert current(first) == "#2"
+    expect(first.locator(".nm-transcript li")).to_have_count(2)
+    first.get_by_role("button", name="Picture #1").click()
+    assert current(first) == "#2", "a look moves nothing"
+    choices.select_option("make the edge white")
+    first.get_by_role("button", name="Branch from #1").click()
+    assert current(first) == "#2b" and large(first) == last
+    first.get_by_role("button", name="Picture #3:").click()
+    expect(first.locator(".nm-attention li")).to_have_count(2)
+    expect(first.locator(".nm-others figcaption")).to_have_text("through pixels")
+    first.get_by_role("button", name="Go to").click()
+    assert current(first) == "#3"
+    first.get_by_role("button", name="Say it to the current picture").click()
+    expect(first.get_by_role("status")).to_contain_text("Nothing that was said to this picture is recorded")
+    first.get_by_role("combobox", name="Conversation").select_option("second")
+    expect(first.locator(".nm-tree button")).to_have_text(["#1", "#2"])
+    assert large(second) == other and current(second) == "#2", "the other explorer stayed as it was"
+
+
+def test_keyboard_alone_is_enough(site: Site) -> None:
+    page = site.open("all.html")
+    explorer = page.locator(".nm-conversation").first
+    explorer.get_by_role("combobox", name="Conversation").focus()
+    page.keyboard.press("Tab")  # past the scrolling list of bars
+    for _ in range(12):
+        if page.evaluate("document.activeElement.dataset.key") == "state-1":
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.dataset.key") == "state-1", "focus stays where it was"
+    style = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert style == "solid"
+    expect(explorer.get_by_role("button", name="Picture #2:")).to_have_attribute("aria-pressed", "true")
+
+
+def test_drift_by_slider_difference_and_play(site: Site) -> None:
+    page = site.open("all.html")
+    drift = page.locator(".nm-drift")
+    slider, pixels = drift.get_by_role("slider"), drift.locator("[data-policy=reencode] img").first
+    expect(drift.locator(".nm-pictures figure")).to_have_count(5)
+    expect(slider).to_have_value("2")
+    before = pixels.get_attribute("src")
+    slider.press("ArrowLeft")
+    expect(drift.locator(".nm-status")).to_contain_text("Round 1")
+    assert pixels.get_attribute("src") != before
+    expect(drift.locator(".nm-chart")).to_have_count(1)  # no embedder, so no curve of identity
+    expect(drift.locator(".nm-chart path")).to_have_count(4)
+    drift.get_by_label("differences to the truth").check()
+    expect(drift.locator(".nm-apart")).to_have_count(4)
+    drift.get_by_role("button", name="Play").click()
+    expect(drift.get_by_role("button", name="Pause")).to_be_visible()
+    expect(drift.get_by_role("button", name="Play")).to_be_visible()  # it ends by itself
+    expect(slider).to_have_value("2")
+    drift.get_by_role("combobox", name="Conversation").select_option("Conversation 2")
+    assert pixels.get_attribute("src") != before
+
+
+def test_identity_by_stage_point_and_person(site: Site) -> None:
+    page = site.open("all.html")
+    identity = page.locator(".nm-identity")
+    shown = identity.locator("figure[data-stage]")
+    expect(shown).to_have_attribute("data-stage", "stage1")
+    first = shown.locator("img").get_attribute("src")
+    identity.locator("[data-key=stage-joint]").click()
+    expect(shown).to_have_attribute("data-stage", "joint")
+    assert shown.locator("img").get_attribute("src") != first
+    expect(identity.locator("[data-key=point-joint]")).to_have_attribute("aria-pressed", "true")
+    identity.locator("[data-key=point-base]").click()
+    expect(shown).to_have_attribute("data-stage", "base")
+    expect(shown).to_contain_text("identity 0.05, compliance 0.50")
+    identity.get_by_label("Person and prompt").select_option("Person 2: in a hat")
+    expect(shown).to_contain_text("identity 0.10")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_fits_a_phone_in_both_themes_and_every_picture_is_described(site: Site, theme: str) -> None:
+    page = site.open("all.html", width=360, theme=theme)
+    expect(page.locator(".nm-tree img").first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    paper = page.locator(".nm-drift").evaluate("node => getComputedStyle(node).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 24, 29)"}[theme]
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")  # the book's own switch wins
+    assert page.locator(".nm-drift").evaluate("node => getComputedStyle(node).backgroundColor") == "rgb(20, 24, 29)"
+    unnamed = "node => !node.textContent.trim() && !node.getAttribute('aria-label')"
+    assert not [one for one in page.get_by_role("button").all() if one.evaluate(unnamed)]
+    assert page.locator("img:not([alt])").count() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# with a kernel
+
+
+LIVE = """
+<div id="live"></div><script type="module">
+const values = await kernel(null), handlers = {};
+const model = { get: (name) => values[name], on: (name, call) => (handlers[name] ||= []).push(call), off: () => {},
+  send: async (message) => {
+    for (const change of await kernel(message)) {
+      values[change.name] = change.value;
+      for (const call of handlers["change:" + change.name] || []) call();
+    }
+  } };
+const { default: explorer } = await import("./live.js");
+explorer.render({ model, el: document.getElementById("live") });
+</script>"""
+
+
+def test_a_live_session_is_talked_to(site: Site) -> None:
+    """The same module with a real session behind it: only the wire of the notebook is missing."""
+    recorders = [SessionRecorder(session(), "first", suggestions=["undo that"]), SessionRecorder(session(), "second")]
+    widget = ConversationExplorer(recorders)
+    traits, changes = ("data", "chosen", "live", "busy", "message"), []
+    widget.observe(lambda change: changes.append({"name": change["name"], "value": change["new"]}), traits)
+
+    def kernel(message: Any) -> Any:
+        if message is None:
+            return {name: getattr(widget, name) for name in traits}
+        changes.clear()
+        widget.comm.handle_msg({"content": {"data": {"method": "custom", "content": message}}, "buffers": []})
+        return list(changes)
+
+    (site.folder / "live.js").write_text(str(widget._esm), encoding="utf-8")
+    (site.folder / "live.html").write_text(f"{HEAD}<style>{widget._css}</style>{LIVE}", encoding="utf-8")
+    page = site.page()
+    page.expose_function("kernel", kernel)
+    page.goto(f"{site.address}/live.html")
+    live = page.locator(".nm-conversation")
+    expect(live.locator(".nm-badge")).to_have_text("live")
+    live.get_by_label("Say", exact=True).fill("make the square red")
+    live.get_by_label("Say", exact=True).press("Enter")
+    expect(live.locator(".nm-tree button")).to_have_text(["#1", "#2"])
+    expect(live.get_by_label("Say", exact=True)).to_have_value("")
+    live.get_by_role("button", name="Say it to the current picture").click()
+    expect(live.locator(".nm-error")).to_have_text("instruction '' has no words; say what to change")
+    live.get_by_label("Suggestions").select_option("undo that")
+    live.get_by_role("button", name="Say it to the current picture").click()
+    expect(live.locator(".nm-tree button")).to_have_count(3)
+    live.get_by_role("button", name="Undo", exact=True).click()
+    expect(live.locator(".nm-tree [aria-current=true]")).to_have_text("#2")
+    live.get_by_role("button", name="Picture #1").click()
+    live.get_by_label("Say", exact=True).fill("paint the ground dark")
+    live.get_by_role("button", name="Branch from #1").click()
+    expect(live.locator(".nm-tree [aria-current=true]")).to_have_text("#2b")
+    live.get_by_role("button", name="Picture #3").click()
+    live.get_by_role("button", name="Go to").click()
+    expect(live.locator(".nm-tree [aria-current=true]")).to_have_text("#3")
+    live.get_by_role("combobox", name="Conversation").select_option("second")
+    expect(live.locator(".nm-tree button")).to_have_count(1)
+    assert [len(recorder.session.tokens) for recorder in recorders] == [4, 1]
