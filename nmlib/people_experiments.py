@@ -44,6 +44,13 @@ def _encode(system: System, source: PeopleSource, told: Sequence[Conversation]) 
     return data.encode_conversations(personalization.with_images(source, told, "paired"), system.encode)
 
 
+def probes(run: Run, count: int | None = None) -> list[Conversation]:
+    """The test conversations of `personal_table`, or the first of them with their pictures."""
+    source = data.open_people(run.params.source)
+    told = personalization.probe_conversations(source, probe_settings(run), people=1, delay=DELAY)
+    return told if count is None else personalization.with_images(source, told[:count], "paired")
+
+
 def answer(system: System, features: ConversationFeatures) -> tuple[Tensor, list[int | None]]:
     """What a model shows in the last round of conversations of one length, reading its own pictures before.
 
@@ -163,8 +170,7 @@ def personal_table(
     Returns:
         One row for every (stage, seed, conversation).
     """
-    source = data.open_people(run.params.source)
-    told = personalization.probe_conversations(source, probe_settings(run), people=1, delay=DELAY)
+    source, told = data.open_people(run.params.source), probes(run)
     items = [conversation.rounds[-1] for conversation in told]
     intros = [conversation.rounds[item.base or 0] for conversation, item in zip(told, items, strict=True)]
     others = embedder(other_pictures(source, items))  # (B, E)

@@ -22,6 +22,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+import pandas as pd
 import torch
 from PIL import Image
 from pydantic import Field, ValidationError, model_validator
@@ -30,10 +31,10 @@ from torch import Tensor
 from nmlib import metrics
 from nmlib.cache import Node
 from nmlib.chat import POLICIES, ChatSession, Policy, System, history_policy, rollout
-from nmlib.settings import Fraction, Settings
 from nmlib.conversation import Conversation, Round, to_picture
 from nmlib.identity import FaceEmbedder
 from nmlib.layout import BOI, Template
+from nmlib.settings import Fraction, Settings
 
 PictureUri = Annotated[str, Field(pattern=r"^data:image/(webp|png);base64,[A-Za-z0-9+/]+=*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -350,3 +351,41 @@ def _frames(pictures: Tensor, truth: Tensor, embedder: FaceEmbedder | None) -> t
         DriftFrame(image=data_uri(picture), psnr=round(psnr, 2), identity=None if same is None else round(same, 3))
         for picture, psnr, same in zip(pictures, quality, alike, strict=True)
     )
+
+
+def record_people(
+    table: pd.DataFrame, told: Sequence[Conversation], pictures: Mapping[str, Sequence[Tensor]], base: Sequence[str]
+) -> IdentityState:
+    """What every stage made of the last requests of some conversations, for the identity explorer.
+
+    Args:
+        table: rows of `people_experiments.personal_table`.
+        told: conversations of the table, with their pictures.
+        pictures: stage -> its answers to them, (3, H, W) each.
+        base: names of the stages of the curriculum; all others are ablations.
+    """
+    means = table.groupby("stage")[["identity", "compliance"]].mean()
+    stages = tuple(
+        IdentityStage(
+            name=name,
+            label=name,
+            kind="stage" if name in base else "ablation",
+            identity=float(means.loc[name, "identity"]),
+            compliance=float(means.loc[name, "compliance"]),
+        )
+        for name in pictures
+    )
+    first = table[table["seed"] == 0].set_index(["stage", "conversation"])
+    cases = []
+    for row, conversation in enumerate(told):
+        asked = conversation.rounds[-1]
+        assert conversation.images is not None and asked.base is not None
+        results = {}
+        for name, shown in pictures.items():
+            scores = first.loc[(name, conversation.id)]
+            results[name] = IdentityResult(
+                image=data_uri(shown[row]), identity=scores["identity"], compliance=scores["compliance"]
+            )
+        title, reference = str(asked.name), data_uri(conversation.images[asked.base])
+        cases.append(IdentityCase(title=title, prompt=asked.instruction, reference=reference, results=results))
+    return IdentityState(stages=stages, cases=tuple(cases))
