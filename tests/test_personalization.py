@@ -13,10 +13,10 @@ from PIL import Image
 from toy import raised
 
 from nmlib import layout, personalization, phrases
-from nmlib.clips import FolderClips
 from nmlib.config import PeopleConfig
 from nmlib.conversation import Conversation, ConversationError
-from nmlib.faces import GREY
+from nmlib.face_region import GREY
+from nmlib.folder_clips import FolderClips
 from nmlib.layout import Template
 from nmlib.names import NAMES, names
 from nmlib.people import PeopleSource
