@@ -96,12 +96,9 @@ class Params(Settings):
             settings = getattr(self, part)
             if settings is not None and size % (patch := settings.patch_size):
                 raise ValueError(f"{part}.patch_size {patch} does not divide source.image_size {size}")
-        longest = max(
-            [
-                *(n for d in (*self.data.values(), *self.people.values()) for n in d.rounds),
-                self.experiments.drift_rounds,
-            ]
-        )
+        lengths = [length for part in self.data.values() for length in part.rounds]
+        lengths += [length for part in self.people.values() for length in part.rounds]
+        longest = max([*lengths, self.experiments.drift_rounds])
         longest = max(longest, max(self.experiments.depths) + 2)
         if longest > self.model.max_rounds:
             raise ValueError(

@@ -80,7 +80,9 @@ def _colours(*templates: str) -> dict[str, tuple[str, ...]]:
 
 def _worn(attribute: Attribute, article: bool) -> dict[str, tuple[str, ...]]:
     noun = "" if article else f" {attribute.name}"
-    details = {"none": (f"without {'a hat' if article else 'glasses'}", f"with no {attribute.name}")}
+    details: dict[str, tuple[str, ...]] = {
+        "none": (f"without {'a hat' if article else 'glasses'}", f"with no {attribute.name}")
+    }
     for value in attribute.values[1:]:
         worn = (_article(value) if article else value) + noun
         details[value] = (f"with {worn}", f"wearing {worn}")

@@ -275,6 +275,7 @@ def build_conversations(
         conversation = Conversation(f"{name}-{index:05d}", source.name, ())
         while len(conversation) < rounds - 1:
             conversation = builder.extend(conversation, who, rng)
+        # The last round is a recall, if anybody can still be asked for.
         conversations.append(builder.recall_somebody(conversation, who, rng) or builder.extend(conversation, who, rng))
     return conversations
 
