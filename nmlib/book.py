@@ -15,8 +15,9 @@ from typing import Any
 import nbformat
 import yaml
 
-from nmlib import records, runtime
+from nmlib import claims, records, runtime
 from nmlib.runtime import Run, RunError
+from nmlib.steps import Step, read_step
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
 _BAR = re.compile(r"\d+%\|.*\||\d+(it|\S*) \[\d\d:\d\d")
@@ -43,7 +44,8 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
         RunError: a chapter was not executed, printed a warning under `strict`, or the book does not build.
     """
     names = chapters(root)
-    missing = [name for name in names if not run.path("chapters", f"{name}.ipynb").exists()]
+    others = {name for name in names if not _step(root, name).applies(run.params)}
+    missing = [name for name in names if name not in others and not run.path("chapters", f"{name}.ipynb").exists()]
     if missing:
         command = f"python -m nmlib run --params {run.name}"
         raise RunError(f"{run.folder / 'chapters'}: not executed yet: {', '.join(missing)}; run `{command}`")
@@ -51,6 +53,9 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
     shutil.rmtree(shown, ignore_errors=True)
     warnings = []
     for name in names:
+        if name in others:
+            write_absent(_step(root, name), run, shown / f"{name}.ipynb")
+            continue
         notebook = nbformat.read(run.path("chapters", f"{name}.ipynb"), as_version=4)
         warnings += [f"{name}: {text}" for text in polish(notebook, None if run.params.meaningful else run.name)]
         with runtime.atomic_path(shown / f"{name}.ipynb") as temporary:
@@ -62,6 +67,22 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
     shutil.rmtree(root / "_build" / "html", ignore_errors=True)
     _build(root)
     return root / "_build" / "html" / "index.html"
+
+
+def _step(root: Path, name: str) -> Step:
+    return read_step(root / "notebooks" / f"{name}.ipynb", [path.stem for path in (root / "notebooks").glob("*.ipynb")])
+
+
+def write_absent(step: Step, run: Run, path: Path) -> None:
+    """Write the page of a chapter that a run's params file has nothing for: its title, and why it is empty."""
+    notebook = nbformat.read(step.path, as_version=4)
+    title = notebook.cells[0].source.splitlines()[0]
+    note = (
+        f"This chapter is about `{step.about}`, and `params/{run.name}.yaml` has none. Build the book of other params."
+    )
+    notebook.cells = [nbformat.v4.new_markdown_cell(f"{title}\n\n{note}", id="absent")]
+    with runtime.atomic_path(path) as temporary:
+        nbformat.write(notebook, temporary)
 
 
 def chapters(root: Path) -> list[str]:
@@ -166,6 +187,9 @@ def _write_generated(folder: Path, run: Run) -> None:
     table = records.table(found.values()) if found else "This run recorded nothing."
     intro = "Every number that this run measured, with its 95% interval where one was computed."
     pages = {"run.md": f"{made}\n{note}", "results.md": f"# All results\n\n{intro} {made}\n{note}\n{table}\n"}
+    intro = "What the paper {cite:p}`zhang2026nonmarkov` claims, in our words, and the verdict of this run's records. "
+    intro += "*Reproduced* means that intervals are apart, *trend only* that the means are in the claimed order."
+    pages["claims.md"] = f"# Claims\n\n{intro} {made}\n{note}\n{claims.page(found, run.params)}\n"
     for name, text in pages.items():
         with runtime.atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -211,7 +211,7 @@ def run_notebooks(
     Raises:
         RunError: a notebook failed, or `only` names none.
     """
-    steps = project.steps()
+    steps = [step for step in project.steps() if step.applies(run.params)]
     state = State(run, seeds)
     chosen = steps if only is None else [_choose(steps, only, state)]
     ran = []

@@ -15,6 +15,7 @@ from typing import Any
 import nbformat
 
 from nmlib import runtime
+from nmlib.config import Params
 from nmlib.runtime import Run, RunError
 
 Snapshot = dict[str, tuple[int, int]]
@@ -34,12 +35,18 @@ class Step:
         source: hash of its cells.
         library: hash of the library code it uses.
         needs: names of the notebooks whose artefacts it may read.
+        about: block of the params file without which it has nothing to show, for example `people`; None for none.
     """
 
     path: Path
     source: str
     library: str
     needs: tuple[str, ...]
+    about: str | None = None
+
+    def applies(self, params: Params) -> bool:
+        """Whether a params file has what the notebook is about."""
+        return self.about is None or bool(getattr(params, self.about))
 
     @property
     def name(self) -> str:
@@ -69,7 +76,8 @@ def read_step(path: Path, names: Sequence[str]) -> Step:
     """Read what decides whether a notebook must run again.
 
     Args:
-        path: the notebook. Its metadata may list the numbers of those it needs: `nmlib: {needs: ["02"]}`.
+        path: the notebook. Its metadata may list the numbers of those it needs, and the block of the params file
+            that it is about: `nmlib: {needs: ["02"], about: "people"}`.
         names: names of all notebooks; without a list it needs all whose names come before its own.
 
     Raises:
@@ -94,7 +102,7 @@ def read_step(path: Path, names: Sequence[str]) -> Step:
         if len(needs) != len(listed):
             raise RunError(f"{path}: metadata nmlib.needs lists {listed}; the other notebooks are {others}")
     library = runtime.library_digest(*modules) if modules else ""
-    return Step(path, _digest(cells), library, tuple(needs))
+    return Step(path, _digest(cells), library, tuple(needs), notebook.metadata.get("nmlib", {}).get("about"))
 
 
 def _plain_python(source: str) -> str:

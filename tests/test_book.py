@@ -10,9 +10,11 @@ import yaml
 from conftest import write_notebook
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from nmlib import book
+from nmlib import book, claims
 from nmlib.pipeline import Project
+from nmlib.records import write_record
 from nmlib.runtime import RunError
+from nmlib.steps import Step
 
 ROOT = Path(__file__).parent.parent
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -104,7 +106,12 @@ def book_root(project_root: Path) -> Path:
 
 
 def test_book_builds_and_asks_no_other_host(book_root: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    page = book.build_book(book_root, Project(book_root).open("tiny"), strict=True)
+    run = Project(book_root).open("tiny")
+    with pytest.raises(RunError, match="claims: record 'rollback.accuracy.depth1.markov_trained' is missing"):
+        book.build_book(book_root, run, strict=True)
+    for id_ in {id_ for claim in claims.CLAIMS for id_ in claim.ids}:
+        write_record(run, id_, 0.5, n=3, modules=("runtime",))
+    page = book.build_book(book_root, run, strict=True)
     assert page.exists()
     html = page.parent
     assert (html / "_static" / "mathjax" / "tex-mml-chtml.js").exists()
@@ -125,3 +132,12 @@ def test_strict_book_refuses_a_warning(book_root: Path) -> None:
     nbformat.write(notebook, path)
     with pytest.raises(RunError, match="1 warnings of notebooks; first: 01_one: UserWarning: odd"):
         book.build_book(book_root, Project(book_root).open("tiny"), strict=True)
+
+
+def test_a_chapter_about_what_a_run_has_not_is_a_note(project_root: Path, tmp_path: Path) -> None:
+    run = Project(project_root).open("tiny")
+    step = Step(project_root / "notebooks" / "01_one.ipynb", "", "", (), about="people")
+    assert step.applies(run.params) and not step.applies(run.params.model_copy(update={"people": {}}))
+    book.write_absent(step, run, tmp_path / "01_one.ipynb")
+    [cell] = nbformat.read(tmp_path / "01_one.ipynb", as_version=4).cells
+    assert cell.source.startswith("# ") and ".yaml` has none" in cell.source

@@ -52,7 +52,7 @@ LAYERS = (
     ("plan", "seedx_checkpoint", "seedx_generate", "seedx_inspect", "seedx_layout"),
     ("codec", "curriculum", "judges", "train"),
     ("chat", "experiments", "metrics", "people_experiments", "quality"),
-    ("__main__", "book", "diagrams", "explorers", "pipeline", "plots", "recordings", "steps", "terminal"),
+    ("__main__", "book", "claims", "diagrams", "explorers", "pipeline", "plots", "recordings", "steps", "terminal"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")

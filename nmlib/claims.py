@@ -1,0 +1,151 @@
+"""What the paper claims, and what this run found: a verdict for each claim that follows from records alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from nmlib.config import Params
+from nmlib.records import Record
+from nmlib.runtime import RunError
+
+Records = Mapping[str, Record]
+REPRODUCED, TREND, NOT_REPRODUCED, NOT_TESTED = "reproduced", "trend only", "not reproduced", "not tested"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper.
+
+    Args:
+        text: the claim in our words.
+        where: section or experiment of the paper.
+        ids: records it is judged by, in the order in which they are shown; none for a claim that is not tested.
+        judge: records -> verdict.
+        note: what the verdict does and does not say.
+        about: block of the params file that it needs, for example `people`.
+    """
+
+    text: str
+    where: str
+    ids: tuple[str, ...]
+    judge: Callable[[Records], str]
+    note: str
+    about: str | None = None
+
+
+def above(higher: Record, lower: Record) -> str:
+    """Reproduced if the intervals are apart, a trend if only the means are."""
+    if _low(higher) > _high(lower):
+        return REPRODUCED
+    return TREND if higher.value > lower.value else NOT_REPRODUCED
+
+
+def comparable(now: Record, before: Record) -> str:
+    """Reproduced unless the interval lies below the earlier one."""
+    return REPRODUCED if _high(now) >= _low(before) else NOT_REPRODUCED
+
+
+def _low(record: Record) -> float:
+    return record.value if record.low is None else record.low
+
+
+def _high(record: Record) -> float:
+    return record.value if record.high is None else record.high
+
+
+def _shortcut(found: Records) -> str:
+    trained, ceiling = (found[f"rollback.accuracy.depth1.{end}"] for end in ("markov_trained", "ceiling"))
+    return REPRODUCED if _low(trained) <= _high(ceiling) else NOT_REPRODUCED
+
+
+def _untested(_: Records) -> str:
+    return NOT_TESTED
+
+
+CLAIMS = (
+    Claim(
+        "A model trained on editing chains alone edits the last picture whatever is asked (Markov shortcut).",
+        "experiment 4",
+        ("rollback.accuracy.depth1.markov_trained", "rollback.accuracy.depth1.ceiling"),
+        _shortcut,
+        "The ceiling is the best that any policy without history can do, by enumeration.",
+    ),
+    Claim(
+        "Rollback data and history teach the model to go back.",
+        "data 1",
+        ("rollback.accuracy.depth1.rollback_trained", "rollback.accuracy.depth1.markov_trained"),
+        lambda found: above(*(found[f"rollback.accuracy.depth1.{end}_trained"] for end in ("rollback", "markov"))),
+        "Depth 1, on the model's own history.",
+    ),
+    Claim(
+        "Trained on rollbacks of two rounds, it generalises to three.",
+        "experiment 2",
+        ("rollback.accuracy.depth3.rollback_trained", "rollback.accuracy.depth2.rollback_trained",
+         "rollback.accuracy.depth3.ceiling"),
+        lambda found: above(*(found[f"rollback.accuracy.depth3.{end}"] for end in ("rollback_trained", "ceiling"))),
+        "Above the ceiling is not the same as well: compare with depth 2.",
+    ),
+    Claim(
+        "Keeping the predicted tokens preserves identity over many rounds; encoding pictures again does not.",
+        "experiment 1",
+        ("drift.identity.round10.tokens", "drift.identity.round10.reencode"),
+        lambda found: above(*(found[f"drift.identity.round10.{end}"] for end in ("tokens", "reencode"))),
+        "Similarity to the exact picture of round 10.",
+    ),
+    Claim(
+        "The curriculum raises the similarity of faces far above the base (in the paper from 0.114 to 0.597).",
+        "experiment 3",
+        ("people.identity.stage123", "people.identity.portrait", "people.identity.ceiling"),
+        lambda found: above(found["people.identity.stage123"], found["people.identity.portrait"]),
+        "Another embedder and another world: only the order can be compared, not the numbers.",
+        "people",
+    ),
+    Claim(
+        "It does so at a comparable prompt compliance.",
+        "experiment 3",
+        ("people.clip.stage123", "people.clip.portrait"),
+        lambda found: comparable(found["people.clip.stage123"], found["people.clip.portrait"]),
+        "CLIP score of a small CLIP trained on this world; intervals that overlap count as comparable.",
+        "people",
+    ),
+    Claim(
+        "Stages one after another are better than one training on everything.",
+        "curriculum",
+        ("people.identity.stage123", "people.identity.joint", "people.compliance.stage123", "people.compliance.joint"),
+        lambda found: above(found["people.identity.stage123"], found["people.identity.joint"]),
+        "As many steps for both; judged by identity alone, compliance is shown beside it.",
+        "people",
+    ),
+    Claim(
+        "A DiT trained for reconstruction reaches 14.7 dB on photographs of people.",
+        "detokenizer",
+        (),
+        _untested,
+        "No photographs of people were at hand; the detokenizer here is measured on its own world.",
+    ),
+    Claim("People prefer the results in a study.", "human study", (), _untested, "No people were asked."),
+)  # fmt: skip
+
+
+def page(found: Records, params: Params) -> str:
+    """The page of claims.
+
+    Raises:
+        RunError: a record that a claim is bound to is missing.
+    """
+    rows = ["| claim | where | verdict | measured here |", "|---|---|---|---|"]
+    for claim in CLAIMS:
+        if claim.about is not None and not getattr(params, claim.about):
+            rows.append(f"| {claim.text} | {claim.where} | {NOT_TESTED} | This run has no `{claim.about}`. |")
+            continue
+        missing = [id_ for id_ in claim.ids if id_ not in found]
+        if missing:
+            raise RunError(f"claims: record {missing[0]!r} is missing; run the notebook that measures it")
+        numbers = "; ".join(f"`{id_}` {_number(found[id_])}" for id_ in claim.ids)
+        cell = f"{numbers}. {claim.note}" if numbers else claim.note
+        rows.append(f"| {claim.text} | {claim.where} | **{claim.judge(found)}** | {cell} |")
+    return "\n".join(rows)
+
+
+def _number(record: Record) -> str:
+    span = "" if record.low is None else f" ({record.low:.2f} to {record.high:.2f})"
+    return f"{record.value:.2f}{span}"

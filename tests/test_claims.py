@@ -1,0 +1,48 @@
+"""The page of claims follows its records: a changed record changes the verdict, a missing one fails the build."""
+
+import pytest
+from conftest import SMOKE
+
+from nmlib import claims, config
+from nmlib.records import Record
+from nmlib.runtime import RunError
+
+PARAMS = config.load(SMOKE)
+
+
+def record(id_: str, value: float, spread: float = 0.05) -> Record:
+    return Record(
+        id=id_, value=value, low=value - spread, high=value + spread, n=7, command="run", modules=(), params_hash="a",
+        library_hash="b", machine="c",
+    )  # fmt: skip
+
+
+def everything() -> dict[str, Record]:
+    return {id_: record(id_, 0.5) for claim in claims.CLAIMS for id_ in claim.ids}
+
+
+def verdicts(page: str) -> list[str]:
+    return [row.split("|")[3].strip().strip("*") for row in page.splitlines()[2:]]
+
+
+def test_a_changed_record_changes_its_verdict() -> None:
+    found = everything()
+    id_ = "drift.identity.round10.tokens"
+    place = [id_ in claim.ids for claim in claims.CLAIMS].index(True)
+    for value, verdict in ((0.9, "reproduced"), (0.52, "trend only"), (0.3, "not reproduced")):
+        page = claims.page(found | {id_: record(id_, value)}, PARAMS)
+        assert verdicts(page)[place] == verdict and f"`{id_}` {value:.2f}" in page
+
+
+@pytest.mark.parametrize("id_", sorted(everything()))
+def test_a_missing_record_fails_the_build(id_: str) -> None:
+    found = everything()
+    del found[id_]
+    with pytest.raises(RunError, match=f"claims: record {id_!r} is missing"):
+        claims.page(found, PARAMS)
+
+
+def test_claims_about_people_are_untested_without_people() -> None:
+    people = [claim.about == "people" for claim in claims.CLAIMS]
+    page = claims.page(everything(), PARAMS.model_copy(update={"people": {}}))
+    assert [verdict == "not tested" for verdict in verdicts(page)[:7]] == people[:7] and any(people)
