@@ -107,7 +107,7 @@ def book_root(project_root: Path) -> Path:
 
 def test_book_builds_and_asks_no_other_host(book_root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = Project(book_root).open("tiny")
-    with pytest.raises(RunError, match="claims: record 'rollback.accuracy.depth1.markov_trained' is missing"):
+    with pytest.raises(RunError, match=r"claims: record 'rollback\.accuracy\.depth1\.markov_trained' is missing"):
         book.build_book(book_root, run, strict=True)
     for id_ in {id_ for claim in claims.CLAIMS for id_ in claim.ids}:
         write_record(run, id_, 0.5, n=3, modules=("runtime",))
