@@ -116,7 +116,7 @@ def test_one_pass_over_the_query_tokens_equals_one_by_one() -> None:
     hidden = []
     for word in TEMPLATE.image_ids:
         embeds = MODEL.base_llm.get_input_embeddings()(torch.tensor([[word]] * 2))
-        hidden.append(stepwise._read(embeds, torch.ones(2, 1, dtype=torch.bool), keep=True))
+        hidden.append(stepwise.read(embeds, torch.ones(2, 1, dtype=torch.bool), keep=True))
     torch.testing.assert_close(MODEL.output_resampler(torch.cat(hidden, dim=1)), expected, **CLOSE)
 
 

@@ -24,6 +24,7 @@ LAYERS = (
         "records",
         "sources",
         "storage",
+        "timing",
         "world",
         "world_canvas",
         "world_phrases",
@@ -46,10 +47,22 @@ LAYERS = (
         "rollback",
         "vision",
     ),
-    ("cache", "mllm"),
+    ("cache", "mllm", "prefix_tree"),
     ("codec", "curriculum", "judges", "train"),
     ("chat", "experiments", "metrics", "quality"),
-    ("__main__", "book", "diagrams", "pipeline", "plots", "steps", "terminal", "widgets"),
+    (
+        "__main__",
+        "bench",
+        "bench_setup",
+        "book",
+        "diagrams",
+        "pipeline",
+        "plots",
+        "steps",
+        "terminal",
+        "widgets",
+        "workloads",
+    ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
