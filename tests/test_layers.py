@@ -49,7 +49,7 @@ LAYERS = (
     ),
     ("cache", "mllm", "prefix_tree"),
     ("codec", "curriculum", "judges", "train"),
-    ("chat", "experiments", "metrics", "quality"),
+    ("bench_setup", "chat", "experiments", "metrics", "quality", "workloads"),
     (
         "__main__",
         "bench",
