@@ -159,8 +159,9 @@ class GrowingLayer(DynamicLayer):
         if self._room is None or self._room[0].shape[-2] < total:
             capacity = total + max(total // 2, MIN_ROOM)
             rooms = [part.new_empty(*part.shape[:2], capacity, part.shape[3]) for part in (key_states, value_states)]
-            if length:
-                rooms[0][..., :length, :], rooms[1][..., :length, :] = self.keys, self.values
+            for room, kept in zip(rooms, (self.keys, self.values), strict=True):
+                if kept is not None and length:
+                    room[..., :length, :] = kept
             self._room = (rooms[0], rooms[1])
         self._room[0][..., length:total, :], self._room[1][..., length:total, :] = key_states, value_states
         self.keys, self.values = (room[..., :total, :] for room in self._room)  # (B, heads, L + t, D_head)
@@ -184,7 +185,7 @@ class PrefixCache:
     def __init__(self, model: HistoryMLLM, image_ids: Sequence[int], batch: int = 1) -> None:
         self.model, self.image_ids, self.batch = model, image_ids, batch
         self.device = next(model.parameters()).device
-        self.states = DynamicCache(config=model.base_llm.config)
+        self.states: Any = DynamicCache(config=model.base_llm.config)
         self.states.layers = [GrowingLayer() for _ in self.states.layers]
         self.visible = torch.zeros(batch, 0, dtype=torch.bool, device=self.device)  # (B, L)
         self.position = torch.zeros(batch, dtype=torch.int64, device=self.device)  # (B,)

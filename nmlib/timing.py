@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def summary(samples: np.ndarray) -> dict[str, float | int]:
+def summary(samples: np.ndarray) -> dict[str, Any]:
     """Median of repeats (n,) with its 95% bootstrap interval, as fields of a `Result`."""
     drawn = np.random.default_rng(0).choice(samples, (RESAMPLES, len(samples)))  # (RESAMPLES, n)
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])

@@ -10,7 +10,7 @@ import torch
 import yaml
 from toy import SETTINGS, open_run, raised
 
-from nmlib import bench, config, workloads
+from nmlib import bench, config, speed_plots, workloads
 from nmlib import records as stored_records
 from nmlib.bench_setup import QUICK, Bench, Sizes, tokens_of
 from nmlib.cache import PrefixCache
@@ -155,6 +155,17 @@ def test_records_name_what_measures_them_again(report: bench.Report, tmp_path: P
     assert one.value == report.result("queries.ratio").value
     lines = bench.table(report).splitlines()
     assert len(lines) == len(found) + 1 and lines[-1].endswith("untrained weights")
+
+
+def test_figures(report: bench.Report) -> None:
+    names = ("training.ratio3", "queries.ratio", "latency.ratio")
+    for figure in (
+        speed_plots.ratios([report.result(name) for name in names]),
+        speed_plots.cost_by_rounds(report.series["rounds"]),
+    ):
+        assert figure.png().startswith(b"\x89PNG")
+    bars = speed_plots.ratios([report.result("queries.ratio")]).axes[0]
+    assert [text.get_text().partition(" of ")[2] for text in bars.texts] == ["4"]
 
 
 def test_unknown_names_are_refused(report: bench.Report) -> None:

@@ -134,6 +134,23 @@ def test_a_fork_shares_every_tensor_and_grows_on_its_own() -> None:
     assert not torch.equal(fork.query(), sibling.query())
 
 
+def test_a_history_that_nobody_shares_grows_in_place() -> None:
+    cache = PrefixCache(MODEL, TEMPLATE.image_ids)
+    cache.read_text([TEMPLATE.encode("<s> [INST] undo [/INST]")], 0)
+    place = storage(cache)
+    for _ in range(9):
+        cache.read_text([TEMPLATE.encode("make the square red")], 0)
+        cache.query()
+    assert cache.length == 40 and storage(cache) == place
+    fork = cache.fork()
+    fork.read_text([TEMPLATE.encode("undo")], 0)
+    assert storage(cache) == place, "the fork moved"
+    assert not set(storage(fork)) & set(place)
+    for _ in range(30):
+        cache.read_text([TEMPLATE.encode("make the square red")], 0)
+    assert cache.states.get_seq_length() == 160 and not set(storage(cache)) & set(place)
+
+
 def test_texts_of_unequal_length_do_not_disturb_each_other() -> None:
     texts = [TEMPLATE.encode("<s> [INST] make the square red [/INST]"), TEMPLATE.encode("<s> [INST] undo [/INST]")]
     together = PrefixCache(MODEL, TEMPLATE.image_ids, 2)
