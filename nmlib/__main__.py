@@ -177,6 +177,27 @@ def plan(
     typer.echo(planner.report(settings, settings.seedx, gpus, memory))
 
 
+@app.command()
+def bench(
+    params: ParamsOption = "cpu",
+    only: Annotated[str | None, typer.Option(help="One workload, for example training.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file; by default bench.json in the run's folder.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each thing is timed.")] = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny workloads that only show that everything runs.")] = False,
+) -> None:
+    """Measure what memory saves: ratios beside what arithmetic allows, on fresh weights."""
+    from nmlib import bench as benchmark  # loads the model libraries, which takes seconds
+    from nmlib.bench_setup import QUICK
+
+    opened = Project.find().open(params)
+    sizes = QUICK if quick else None
+    report = benchmark.run_bench(opened.params, None if only is None else [only], repeats, sizes=sizes)
+    benchmark.save(report, out or opened.path("bench.json"))
+    if not quick:
+        benchmark.record(opened, report)
+    typer.echo(benchmark.table(report))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends by SystemExit with one of the codes above.
 

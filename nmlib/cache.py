@@ -2,7 +2,7 @@
 
 `TokenCache` keeps the *predicted* tokens of every picture exactly (paper: token-level caching); undo and branch
 move a pointer in its tree. `PrefixCache` keeps the keys and values of everything the model has read, so that a
-round costs its new tokens only; a fork shares all tensors with its origin.
+round costs its new tokens only; a fork shares all tensors with its origin until one of them writes.
 """
 
 import copy
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from nmlib import checkpoint
 from nmlib.mllm import HistoryMLLM
+
+MIN_ROOM = 64  # tokens that a layer has room for beyond those it holds, when it moves
 
 
 class CacheError(KeyError):
@@ -137,6 +140,39 @@ class TokenCache:
         return cache
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer with room to grow, so that a new token is written and the old ones stay in place.
+
+    A copy made by `share` has the same memory. Whichever of the two writes first moves to memory of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: tuple[Tensor, Tensor] | None = None  # (B, heads, capacity, D_head), None while it is shared
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, heads, t, D_head); returns all of them, (B, heads, L + t, D_head)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        total = length + key_states.shape[-2]
+        if self._room is None or self._room[0].shape[-2] < total:
+            capacity = total + max(total // 2, MIN_ROOM)
+            rooms = [part.new_empty(*part.shape[:2], capacity, part.shape[3]) for part in (key_states, value_states)]
+            for room, kept in zip(rooms, (self.keys, self.values), strict=True):
+                if kept is not None and length:
+                    room[..., :length, :] = kept
+            self._room = (rooms[0], rooms[1])
+        self._room[0][..., length:total, :], self._room[1][..., length:total, :] = key_states, value_states
+        self.keys, self.values = (room[..., :total, :] for room in self._room)  # (B, heads, L + t, D_head)
+        return self.keys, self.values
+
+    def share(self) -> "GrowingLayer":
+        """A copy in the same memory, which from now on neither of the two writes to."""
+        self._room = None
+        return copy.copy(self)
+
+
 class PrefixCache:
     """Keys and values of a batch of histories; equal to recomputing them.
 
@@ -149,22 +185,75 @@ class PrefixCache:
     def __init__(self, model: HistoryMLLM, image_ids: Sequence[int], batch: int = 1) -> None:
         self.model, self.image_ids, self.batch = model, image_ids, batch
         self.device = next(model.parameters()).device
-        self.states = DynamicCache(config=model.base_llm.config)
+        self.states: Any = DynamicCache(config=model.base_llm.config)
+        self.states.layers = [GrowingLayer() for _ in self.states.layers]
         self.visible = torch.zeros(batch, 0, dtype=torch.bool, device=self.device)  # (B, L)
         self.position = torch.zeros(batch, dtype=torch.int64, device=self.device)  # (B,)
         self.images: dict[int, Tensor] = {}  # round -> embedded history block (B, N, D)
+        self.ends: list[End] = []
 
     def fork(self) -> "PrefixCache":
         """A second history that shares every tensor with this one and grows on its own."""
         other = copy.copy(self)
-        other.images = dict(self.images)
+        other.images, other.ends = dict(self.images), list(self.ends)
         other.states = copy.copy(self.states)
-        other.states.layers = [copy.copy(layer) for layer in self.states.layers]
+        other.states.layers = [layer.share() for layer in self.states.layers]
         return other
 
+    @property
+    def length(self) -> int:
+        """Tokens read, padding included."""
+        return self.visible.shape[1]
+
+    def end_round(self, node: int) -> None:
+        """Note that the round of a node ends here, so that `segment` and `back_to` can find it."""
+        self.ends.append(End(node, self.length, self.position))
+
+    def back_to(self, rounds: int) -> None:
+        """Forget all that was read after the end of so many rounds; what remains stays where it is."""
+        start = self.ends[rounds - 1] if rounds else End(-1, 0, torch.zeros_like(self.position))
+        self.states.crop(start.length - self.length)
+        self.visible, self.position = self.visible[:, : start.length], start.position  # (B, L), (B,)
+        self.images = {index: image for index, image in self.images.items() if index < rounds}
+        self.ends = self.ends[:rounds]
+
+    def segment(self, index: int) -> "Segment":
+        """A copy of what the round of that index added."""
+        start, end = self.ends[index - 1].length if index else 0, self.ends[index]
+        states = [
+            torch.stack([part[..., start : end.length, :] for part in (layer.keys, layer.values)])
+            for layer in self.states.layers
+        ]
+        return Segment(
+            parent=self.ends[index - 1].node if index else None,
+            states=torch.stack(states),  # (layers, 2, B, heads, t, D_head)
+            visible=self.visible[:, start : end.length].clone(),  # (B, t)
+            position=end.position,
+            image=self.images[index],
+        )
+
+    def extend(self, nodes: Sequence[int], segments: Sequence["Segment"]) -> None:
+        """Append the rounds of nodes that were read before, in the order of their branch."""
+        for number, layer in enumerate(self.states.layers):
+            keys, values = torch.cat([part.states[number] for part in segments], dim=3)  # (B, heads, t, D_head)
+            layer.update(keys, values)
+        for node, part in zip(nodes, segments, strict=True):
+            self.visible = torch.cat([self.visible, part.visible], dim=1)  # (B, L + t)
+            self.position, self.images[len(self.ends)] = part.position, part.image
+            self.end_round(node)
+
     @torch.no_grad()
-    def _read(self, embeds: Tensor, valid: Tensor, keep: bool) -> Tensor:
-        """Run (B, t, D) embeddings after the history; `valid` (B, t) marks those that are no padding."""
+    def read(self, embeds: Tensor, valid: Tensor, keep: bool) -> Tensor:
+        """Run embeddings after the history; texts and pictures are read through this.
+
+        Args:
+            embeds: (B, t, D).
+            valid: (B, t) False on padding.
+            keep: whether they become part of the history.
+
+        Returns:
+            Hidden states (B, t, D).
+        """
         count = embeds.shape[1]
         position_ids = (self.position[:, None] + valid.cumsum(1) - 1).clamp_min(0)  # (B, t)
         causal = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
@@ -191,7 +280,7 @@ class PrefixCache:
         lengths = torch.tensor([len(row) for row in ids], device=self.device)
         valid = torch.arange(longest, device=self.device) < lengths[:, None]  # (B, t)
         embeds = self.model.embed_text(padded, torch.full_like(padded, index))  # (B, t, D)
-        hidden_states = self._read(embeds, valid, keep=True)
+        hidden_states = self.read(embeds, valid, keep=True)
         last = hidden_states[torch.arange(len(ids)), (lengths - 1).clamp_min(0)]  # (B, D)
         return self.model.base_llm.lm_head(last)  # (B, V)
 
@@ -201,7 +290,7 @@ class PrefixCache:
             rounds = torch.full((len(features),), index, device=self.device)
             embeds = self.model.embed_images(features.to(self.device), rounds)  # (B, N, D)
         self.images[index] = embeds
-        self._read(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device), keep=True)
+        self.read(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device), keep=True)
 
     @torch.no_grad()
     def query(self, bases: Sequence[int | None] | None = None) -> Tensor:
@@ -216,5 +305,38 @@ class PrefixCache:
         images = torch.stack([self.images[named[row]][row] for row in rows]) if rows else ids.new_zeros(0)  # (C, N, D)
         blocks = [rows.index(row) if base >= 0 else -1 for row, base in enumerate(named)]
         embeds = self.model.embed_queries(ids, images, torch.tensor(blocks, device=self.device))  # (B, N, D)
-        hidden_states = self._read(embeds, torch.ones_like(ids, dtype=torch.bool), keep=False)
+        hidden_states = self.read(embeds, torch.ones_like(ids, dtype=torch.bool), keep=False)
         return self.model.output_resampler(hidden_states).float()  # (B, N, D_feature)
+
+
+@dataclass(frozen=True)
+class End:
+    """Where the round of a node ends in a cache: tokens read by then, and the next position (B,) of each history."""
+
+    node: int
+    length: int
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one round added to a history of B conversations.
+
+    Args:
+        parent: node of the round before; None for the first.
+        states: keys and values (layers, 2, B, heads, t, D_head) of its t tokens.
+        visible: (B, t) False on padding.
+        position: (B,) the next position.
+        image: its embedded history block (B, N, D).
+    """
+
+    parent: int | None
+    states: Tensor
+    visible: Tensor
+    position: Tensor
+    image: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(part.nbytes for part in (self.states, self.visible, self.position, self.image))

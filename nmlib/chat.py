@@ -19,6 +19,7 @@ from nmlib.conversation import PICTURE_ERRORS, Conversation, ConversationError, 
 from nmlib.detokenizer import Detokenizer
 from nmlib.layout import BOI, Template
 from nmlib.mllm import HistoryMLLM
+from nmlib.prefix_tree import MAX_BYTES, PrefixTree
 from nmlib.vision import VisionTransformer
 
 Policy = Literal["tokens", "prefix", "reencode", "oracle"]
@@ -77,6 +78,9 @@ def greedy_reply(cache: PrefixCache, logits: Tensor, template: Template, index: 
         logits = torch.where(keep, step, logits)
     cache.read_text([[template.boi]] * cache.batch, index)
     return [str(template.tokenizer.decode(reply)) for reply in replies]
+
+
+Speaker = Callable[[PrefixCache, Tensor, Template, int], list[str]]
 
 
 class Rollout(NamedTuple):
@@ -178,12 +182,14 @@ class ChatSession:
     Args:
         system: encoder, model and detokenizer.
         seed: of the detokenizer's noise.
+        max_bytes: largest size of the keys and values that are kept, see `PrefixTree`.
+        speak: says a reply, as `greedy_reply` does, which is the default.
     """
 
-    def __init__(self, system: System, seed: int = 0) -> None:
-        self.system, self.seed = system, seed
+    def __init__(self, system: System, seed: int = 0, max_bytes: int = MAX_BYTES, speak: Speaker | None = None) -> None:
+        self.system, self.seed, self._speak = system, seed, speak
         self.tokens = TokenCache()
-        self._prefixes: dict[int, PrefixCache] = {}
+        self.prefixes = PrefixTree(lambda: PrefixCache(system.model, system.template.image_ids), max_bytes)
 
     @property
     def current(self) -> Node:
@@ -233,10 +239,10 @@ class ChatSession:
         if index >= most:
             raise ConversationError(f"this branch has {index} pictures, the most the model can count; go back to one")
         kind = "edit" if index else "describe"
-        cache = self._prefix().fork()
+        cache = self.prefix()
         conversation = self._conversation([*self.tokens.path(), Node(-1, None, kind, text, "", None, self.seed)])
         logits = cache.read_text([self.system.template.prompt(conversation, index)], index)
-        response = greedy_reply(cache, logits, self.system.template, index)[0]
+        response = (self._speak or greedy_reply)(cache, logits, self.system.template, index)[0]
         features = cache.query([phrases.base_of_response(response, index)])[0]  # (N, D_feature)
         return self._remember(features, kind, text, response, self._base(response), cache)
 
@@ -251,7 +257,7 @@ class ChatSession:
         node = self.tokens.append(features, kind=kind, instruction=text, response=response, base=base, seed=self.seed)
         if cache is not None:
             self._close(cache, len(self.tokens.path()) - 1)
-            self._prefixes[node.id] = cache
+            self.prefixes.keep(node.id, cache)
         return node
 
     def _conversation(self, nodes: Sequence[Node]) -> Conversation:
@@ -267,24 +273,18 @@ class ChatSession:
         cache.read_images(self.tokens.tokens(path[index].id)[None], index)
         cache.read_text([self.system.template.closing(self._conversation(path), index)], index)
 
-    def _prefix(self) -> PrefixCache:
-        """The history up to the current node, from the longest part that is cached."""
+    def prefix(self) -> PrefixCache:
+        """The history up to the current node, of which only what is not stored is read; good until the next call."""
         path = self.tokens.path() if self.tokens.current is not None else []
-        known = [index for index, node in enumerate(path) if node.id in self._prefixes]
-        start = known[-1] + 1 if known else 0
-        cache = self._prefixes[path[known[-1]].id] if known else self._empty()
-        for index in range(start, len(path)):
-            cache = cache.fork()
+        cache, known = self.prefixes.resume([node.id for node in path])
+        for index in range(known, len(path)):
             conversation = self._conversation(path[: index + 1])
             cache.read_text([self.system.template.prompt(conversation, index)], index)
             if path[index].kind != "upload":
                 cache.read_text([self.system.template.encode(f"{path[index].response} {BOI}")], index)
             self._close(cache, index)
-            self._prefixes[path[index].id] = cache
+            self.prefixes.keep(path[index].id, cache)
         return cache
-
-    def _empty(self) -> PrefixCache:
-        return PrefixCache(self.system.model, self.system.template.image_ids)
 
     def undo(self) -> Node:
         """Go back to the node before the current one: the same tokens and pixels, bit for bit."""

@@ -116,7 +116,7 @@ def test_one_pass_over_the_query_tokens_equals_one_by_one() -> None:
     hidden = []
     for word in TEMPLATE.image_ids:
         embeds = MODEL.base_llm.get_input_embeddings()(torch.tensor([[word]] * 2))
-        hidden.append(stepwise._read(embeds, torch.ones(2, 1, dtype=torch.bool), keep=True))
+        hidden.append(stepwise.read(embeds, torch.ones(2, 1, dtype=torch.bool), keep=True))
     torch.testing.assert_close(MODEL.output_resampler(torch.cat(hidden, dim=1)), expected, **CLOSE)
 
 
@@ -132,6 +132,23 @@ def test_a_fork_shares_every_tensor_and_grows_on_its_own() -> None:
     assert fork.states.get_seq_length() == length + 4 and sibling.states.get_seq_length() == length + 2
     assert torch.equal(origin.query(), before)
     assert not torch.equal(fork.query(), sibling.query())
+
+
+def test_a_history_that_nobody_shares_grows_in_place() -> None:
+    cache = PrefixCache(MODEL, TEMPLATE.image_ids)
+    cache.read_text([TEMPLATE.encode("<s> [INST] undo [/INST]")], 0)
+    place = storage(cache)
+    for _ in range(9):
+        cache.read_text([TEMPLATE.encode("make the square red")], 0)
+        cache.query()
+    assert cache.length == 40 and storage(cache) == place
+    fork = cache.fork()
+    fork.read_text([TEMPLATE.encode("undo")], 0)
+    assert storage(cache) == place, "the fork moved"
+    assert not set(storage(fork)) & set(place)
+    for _ in range(30):
+        cache.read_text([TEMPLATE.encode("make the square red")], 0)
+    assert cache.states.get_seq_length() == 160 and not set(storage(cache)) & set(place)
 
 
 def test_texts_of_unequal_length_do_not_disturb_each_other() -> None:
