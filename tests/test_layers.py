@@ -66,7 +66,6 @@ LAYERS = (
         "speed_plots",
         "steps",
         "terminal",
-        "timing",
     ),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
