@@ -10,6 +10,7 @@ import re
 from nmlib.conversation import Reference
 
 _PICTURE = r"(?:image|picture|photo|photograph|version|result|round|turn|step|state)"
+_NUMBERED = r"(?:image|picture|photo|photograph|version|result|round)"  # not "turn two lights on"
 _CHANGE = r"(?:change|edit|modification|step|round|turn|version|adjustment)s?"
 _ORDINAL = r"(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|\w+teenth|eleventh|twelfth)"
 
@@ -25,10 +26,8 @@ RULES: tuple[tuple[Reference, str], ...] = (
         "content",
         r"\bbefore (?:you|i|we|it was|the) (?:\w+ ){0,3}(?:changed|added|removed|edited|replaced|said|turned)\b",
     ),
-    (
-        "ordinal",
-        rf"\b{_PICTURE} ?(?:#|no\.? ?|number )?(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten)\b(?! ago)",
-    ),
+    ("count", r"\b(?:steps?|rounds?|turns?|pictures?|images?|edits?|changes?) ago\b"),
+    ("ordinal", rf"\b{_NUMBERED} ?(?:#|no\.? ?|number )?(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten)\b"),
     ("ordinal", r"#\d+\b"),
     ("ordinal", rf"\b{_ORDINAL} {_PICTURE}\b"),
     ("count", r"\b(?:undo|revert|withdraw|roll ?back|rolled back)\b"),
