@@ -226,9 +226,10 @@ def parts_of(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    parts = sorted(
+    found = [
         item for item in path.parent.glob(f"{path.name}.*") if re.search(r"\.(part-[a-z]+|split\.\d+)$", item.name)
-    )
+    ]
+    parts = sorted(found, key=lambda item: (len(item.name), item.name))
     if not parts:
         raise ArchiveError(f"{path}: no such file, nor parts of it (.part-aa, .split.000)")
     digits = [re.search(r"split\.(\d+)$", item.name) for item in parts]
@@ -278,7 +279,7 @@ def extract(path: Path, folder: Path, password: str | None = None, limits: Limit
 def _tar_members(path: Path, limits: Limits) -> Iterator[tuple[str, IO[bytes]]]:
     parts = _Parts(parts_of(path))
     unpacked: Any = _Unpacked(parts, _Budget(str(path), limits))
-    with contextlib.closing(parts), tarfile.open(fileobj=unpacked, mode="r|") as archive:
+    with contextlib.closing(parts), tarfile.open(fileobj=unpacked, mode="r|", bufsize=CHUNK) as archive:
         for member in archive:
             special = "a link" if member.issym() or member.islnk() else "a device" if member.isdev() else None
             _check_member(path, member.name, special or ("a sparse file" if member.issparse() else None))

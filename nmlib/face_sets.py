@@ -313,7 +313,7 @@ def _spanned(container: Any, clip: FaceClip, every_seconds: float, max_frames: i
     scale = float(stream.average_rate) if clip.unit == "frames" else 1.0
     assert clip.span is not None
     start, end = clip.span[0] / scale, clip.span[1] / scale
-    count = min(max_frames, max(1, int((end - start) / every_seconds)))
+    count = min(max_frames, max(1, int((end - start) / every_seconds + 1e-6)))
     wanted = [start + (end - start) * place / count for place in range(count)]
     first = float((stream.start_time or 0) * stream.time_base)
     container.seek(int((start + first) / stream.time_base), stream=stream)
@@ -330,7 +330,7 @@ def _cropped(frame: Any, clip: FaceClip) -> Tensor:
     width, height = frame.width, frame.height
     if width * height > MAX_IMAGE_PIXELS:
         raise ClipError(f"{clip.path}: is {width} x {height}; at most {MAX_IMAGE_PIXELS} pixels")
-    picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)  # (3, H, W)
+    picture = torch.from_numpy(frame.to_ndarray(format="rgb24").copy()).permute(2, 0, 1)  # (3, H, W)
     if clip.box is None:
         return picture
     scale = (width, height) if clip.box_unit == "share" else (1, 1)

@@ -256,7 +256,9 @@ def decode(data: bytes, name: str, size: int) -> Tensor:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as picture:
             return from_picture(picture, name, size)
-    except (ConversationError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except ConversationError as error:
+        raise Rejection("picture too large", str(error)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Rejection("picture too large", f"{name}: {error}") from None
     except PICTURE_ERRORS as error:
         raise Rejection("damaged picture", f"{name}: {error}") from None
