@@ -233,7 +233,7 @@ def parts_of(path: Path) -> list[Path]:
     if not parts:
         raise ArchiveError(f"{path}: no such file, nor parts of it (.part-aa, .split.000)")
     digits = [re.search(r"split\.(\d+)$", item.name) for item in parts]
-    numbers = [int(found.group(1)) for found in digits if found]
+    numbers = [int(match.group(1)) for match in digits if match]
     if numbers and numbers != list(range(len(numbers))):
         raise ArchiveError(f"{path}: parts {numbers} are there; expected 0 to {len(numbers) - 1}, fetch the others")
     return parts

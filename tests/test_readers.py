@@ -378,7 +378,7 @@ class NoEditor:
 
 def test_chains_become_rollback_conversations(tmp_path: Path) -> None:
     chain = next(item for item in read(recognise(write_magicbrush(tmp_path), SIZE)[1])[0] if len(item) == 4)
-    builder = ConversationBuilder((), NoEditor(), DataConfig(conversations=1, rollback_share=1.0), "any")
+    builder = ConversationBuilder((), NoEditor(), DataConfig(conversations=1, rounds=(6,), rollback_share=1.0), "any")
     made = from_chain(chain, builder, random.Random(0), 6).validate()
     assert len(made) == 6 and not made.is_markov
     base = made.rounds[5].base
