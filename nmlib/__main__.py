@@ -198,6 +198,30 @@ def bench(
     typer.echo(benchmark.table(report))
 
 
+data_app = typer.Typer(help="Look at data sets on disk.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("inspect")
+def inspect_data(
+    path: Annotated[Path, typer.Argument(help="Folder of a data set, or MagicBrush's test zip.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Read so many rows at most.")] = None,
+    pictures: Annotated[
+        bool, typer.Option(help="Open every picture, so that damaged ones are counted; otherwise only tables.")
+    ] = True,
+    password: Annotated[str | None, typer.Option(help="Of a zip file.")] = None,
+) -> None:
+    """Say what a data set is: size, rounds, bad rows by reason, and how Markov it is."""
+    from nmlib.inspection import inspect_path
+    from nmlib.readers import ReadError
+
+    try:
+        found = inspect_path(path, limit=limit, pictures=pictures, password=password)
+    except ReadError as error:
+        raise RunError(str(error)) from None
+    typer.echo("\n\n".join("\n".join(findings.lines()) for findings in found))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends by SystemExit with one of the codes above.
 
