@@ -275,8 +275,9 @@ def growth(bench: Bench) -> None:
     """Cost of a round against its number, cached and recomputed, and of branches against how many there are."""
     system, sizes = bench.system(), bench.sizes
     session = bench.session(system, max(sizes.growth))
-    rows = []
+    last, rows = session.current, []
     for number in sizes.growth:
+        session.go_to(last.id)
         plain = Recompute(system, bench.talk(number), number - 1)
         found = bench.measure(cached=say(session, number - 1), plain=plain.task(stored(bench, number - 1)))
         medians = {name: float(np.median(seconds)) for name, seconds in found.items()}

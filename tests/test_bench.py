@@ -63,7 +63,7 @@ def test_limits_in_the_report(report: bench.Report) -> None:
     assert report.result("recompute.ratio").limit == pytest.approx((upload + edit * (late - 2) + 16) / 16)
     assert report.result("queries.ratio").limit == QUICK.queries
     assert report.result("growth.cached").limit == 0.0
-    assert 0.3 < (report.result("growth.plain").limit or 0) < 1.0, "tokens grow linearly, from an offset"
+    assert 0.3 < (report.result("growth.plain").limit or 0) < 1.2, "tokens grow linearly, but for the ends"
 
 
 def test_bytes_are_those_of_the_new_tokens(report: bench.Report) -> None:

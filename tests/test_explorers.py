@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import nbformat
@@ -228,10 +229,9 @@ def plain_chains() -> list[Conversation]:
         tree = random_tree(seed, 3)
         values = [(seed, place % 2, 1) for place in range(3)]
         rounds = tuple(
-            type(item)(item.instruction, item.kind, item.base, item.edit, item.reference, value)
-            for item, value in zip(tree.rounds, values, strict=True)
+            replace(item, values=value, subject=(0.25, -0.5)) for item, value in zip(tree.rounds, values, strict=True)
         )
-        made.append(Conversation(tree.id, tree.source, rounds, (0.25, -0.5)))
+        made.append(Conversation(tree.id, tree.source, rounds))
     return made
 
 
