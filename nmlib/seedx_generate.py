@@ -71,21 +71,21 @@ class SeedXCache(PrefixCache):
         return embeds
 
     @torch.no_grad()
-    def read(self, samples: Sequence[Sample], features: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def read_samples(self, samples: Sequence[Sample], features: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Append texts of any lengths, padded on the left; returns states (B, t, D) and logits (B, V) after each."""
         longest = max(len(sample.ids) for sample in samples)
         rows = [self.embed(sample, own) for sample, own in zip(samples, features, strict=True)]
         embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         valid = torch.arange(longest, device=self.device) >= longest - lengths[:, None]  # (B, t)
-        states = self._read(embeds, valid, keep=True)  # (B, t, D)
+        states = self.read(embeds, valid, keep=True)  # (B, t, D)
         return states, self.agent.base_llm.lm_head(states[:, -1]).float()  # (B, V)
 
     def read_ids(self, ids: Sequence[Sequence[int]], together: bool = True) -> tuple[Tensor, Tensor]:
         """Append plain tokens, all of them in one pass or one after the other (as SEED-X does)."""
         longest = max(len(row) for row in ids)
         if together or longest == 1:
-            return self.read([Sample(list(row), [], [WORD] * len(row)) for row in ids], [None] * len(ids))
+            return self.read_samples([Sample(list(row), [], [WORD] * len(row)) for row in ids], [None] * len(ids))
         states = []
         for ahead in range(longest, 0, -1):
             state, logits = self.read_ids([row[-ahead:][:1] if ahead <= len(row) else [] for row in ids])
@@ -183,7 +183,9 @@ class SeedXChat:
         shown = list(pictures or [None] * len(instructions))
         prompts = [self._prompt(text, picture) for text, picture in zip(instructions, shown, strict=True)]
         self._earlier.append(self._fork(self.cache))
-        _, logits = self.cache.read(prompts, [None if picture is None else picture.features for picture in shown])
+        _, logits = self.cache.read_samples(
+            prompts, [None if picture is None else picture.features for picture in shown]
+        )
         before = self._fork(self.cache)
         replies = generate(
             self.cache, logits, force_image=force_image, max_new_tokens=max_new_tokens, one_shot=one_shot
@@ -218,7 +220,7 @@ class SeedXChat:
             samples.append(Sample(ids, [], kinds, [WHOLE] * len(reply.images)))
             features.append(self.remember(row, reply.images) if self.remember else reply.images)
         if any(sample.ids for sample in samples):
-            self.cache.read(samples, features)
+            self.cache.read_samples(samples, features)
 
     @staticmethod
     def _fork(cache: SeedXCache) -> SeedXCache:

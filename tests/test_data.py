@@ -35,8 +35,9 @@ def encode(images: Tensor) -> Tensor:
 
 
 def test_a_params_file_opens_its_source() -> None:
-    kinds = ("world", "people", "photos")
-    world, people, photos = (data.open_source(SourceConfig(kind=kind, image_size=32)) for kind in kinds)
+    settings = [SourceConfig(kind="world", image_size=32), SourceConfig(kind="photos", image_size=32)]
+    world, photos = map(data.open_source, settings)
+    people = data.open_people(settings[0])
     assert type(world) is WorldSource and isinstance(people, PeopleSource) and isinstance(photos, PhotoSource)
     assert world.image_size == people.image_size == photos.image_size == 32
 
@@ -177,14 +178,15 @@ def test_conversations_longer_than_the_model_counts_are_refused(tiny: dict[str, 
 
 
 def test_conversations_about_people_need_people_and_fit_the_model(tiny: dict[str, Any]) -> None:
-    tiny["people"] = {"stage1": {"conversations": 3, "rounds": [5, 17], "pairing": "same"}}
-    with pytest.raises(config.ParamsError, match=r"people: needs source\.kind 'people', found 'world'"):
-        config.parse(tiny | {"people": {"stage1": tiny["people"]["stage1"] | {"rounds": [5]}}}, "tiny.yaml")
-    tiny["source"]["kind"] = "people"
+    extra = {"conversations": 3, "rounds": [5, 17], "pairing": "same"}
+    tiny["people"] |= {"more": extra}
     with pytest.raises(config.ParamsError, match=r"model\.max_rounds is 16, but conversations have up to 17 rounds"):
         config.parse(tiny, "tiny.yaml")
-    tiny["people"]["stage1"]["rounds"] = [5, 16]
-    assert config.parse(tiny, "tiny.yaml").people["stage1"].pairing == "same"
+    extra["rounds"] = [5, 16]
+    assert config.parse(tiny, "tiny.yaml").people["more"].pairing == "same"
+    tiny["source"]["kind"] = "photos"
+    with pytest.raises(config.ParamsError, match=r"data sets \[.*'more'.*\] show people; source\.kind is 'photos'"):
+        config.parse(tiny, "tiny.yaml")
 
 
 @pytest.mark.parametrize(
