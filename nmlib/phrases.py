@@ -299,7 +299,7 @@ def vocabulary(attributes: Iterable[Attribute], names: Sequence[str] = ()) -> tu
     """
     groups: list[Iterable[str]] = [
         OPENERS, CLOSERS, UPLOADS, DESCRIBE, UNDO_ONE, UNDO_MANY, ORDINAL, CONTENT_NOUN, CONTENT_LOOK, CONTENT_QUOTE,
-        START, THEN, POLITE, NUMBERS, ORDINALS, ("and before said then to",),
+        START, THEN, POLITE, NUMBERS, ORDINALS, ("and before then to",),
     ]  # fmt: skip
     if names:
         groups += [INTRODUCE, GREETINGS, DESCRIBE_NAMED, LEADS, RECALL, RENAME, names]
