@@ -66,7 +66,10 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
     # pictures of earlier builds have other names; left here they would be published with this one
     shutil.rmtree(root / "_build" / "html", ignore_errors=True)
     _build(root)
-    return root / "_build" / "html" / "index.html"
+    html = root / "_build" / "html"
+    for name in names:  # what a reader downloads is the notebook itself, to be run, without the pictures of this run
+        shutil.copyfile(root / "notebooks" / f"{name}.ipynb", html / "_sources" / "chapters" / f"{name}.ipynb")
+    return html / "index.html"
 
 
 def _step(root: Path, name: str) -> Step:

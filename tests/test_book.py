@@ -116,6 +116,9 @@ def test_book_builds_and_asks_no_other_host(book_root: Path, capfd: pytest.Captu
     html = page.parent
     assert (html / "_static" / "mathjax" / "tex-mml-chtml.js").exists()
     assert list((html / "_static" / "mathjax" / "output" / "chtml" / "fonts" / "woff-v2").glob("*.woff"))
+    for name in ("01_one", "02_two"):
+        downloaded = html / "_sources" / "chapters" / f"{name}.ipynb"
+        assert downloaded.read_bytes() == (book_root / "notebooks" / f"{name}.ipynb").read_bytes()
     for file in html.rglob("*.html"):
         text = file.read_text(encoding="utf-8")
         foreign = re.findall(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["'](?:https?:)?//[^"']*""", text)
