@@ -108,9 +108,10 @@ def word_batch(params: Params, stage: StageConfig, template: Template, step: int
     """Rounds of which the words alone are learned at a step: fresh conversations, or exercises in finding words."""
     if stage.words == "data":
         return template.packed(fresh_conversations(params, stage, step, seed), pictures=False)
-    words, length = lookup.spoken_words(data.speaker(params)), _length(WORD_LENGTHS, step, seed)
-    rng = random.Random(seed * 1_000_003 + step)
-    return template.spoken(lookup.exercises(words, max(1, stage.word_rounds // length), length, rng))
+    speaker, length = data.speaker(params), _length(WORD_LENGTHS, step, seed)
+    count = max(1, stage.word_rounds // length) if stage.data else stage.optim.batch_size
+    words, rng = lookup.spoken_words(speaker), random.Random(seed * 1_000_003 + step)
+    return template.spoken(lookup.exercises(words, speaker.names, count, length, rng))
 
 
 def stage_batches(
@@ -127,6 +128,8 @@ def stage_batches(
     """
 
     def batch_at(step: int) -> dict[str, Any]:
+        if not stage.data:
+            return {"words": word_batch(params, stage, template, step, seed + 7)}
         part = features[pick_set(stage, step, seed + 9)]
         indices = part.batch_indices(step, stage.optim.batch_size, seed + 3)
         conversations, true = part.take(indices)

@@ -115,7 +115,7 @@ class Params(Settings):
                     f"earlier stages are {sorted(seen)}"
                 )
             unknown = sorted(set(stage.data) - set(self.data) - set(self.people))
-            if unknown or not stage.data:
+            if unknown:
                 there = sorted([*self.data, *self.people])
                 raise ValueError(f"stages: {stage.name!r} reads data {unknown}; `data:` and `people:` define {there}")
             seen.add(stage.name)

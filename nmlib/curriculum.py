@@ -54,6 +54,14 @@ def _earlier(params: Params, stage: StageConfig) -> list[Settings]:
     return [*_earlier(params, before), *batches.settings_of(params, before), stage_model_settings(params, before)]
 
 
+def _has_seen_pictures(params: Params, name: str | None) -> bool:
+    """Whether a stage, or one that it continues, reads pictures."""
+    if name is None:
+        return False
+    stage = params.stage(name)
+    return bool(stage.data) or _has_seen_pictures(params, stage.start)
+
+
 def _start(
     run: Run, stage: StageConfig, features: Mapping[str, ConversationFeatures], seed: int
 ) -> tuple[HistoryMLLM, Template]:
@@ -63,12 +71,12 @@ def _start(
     speaker = data.speaker(run.params)
     tokenizer = layout.build_tokenizer(speaker.attributes, tokens, settings.max_rounds, speaker.names)
     model, template = new_model(settings, tokenizer, tokens, run.params.vision.feature_dim)
-    if stage.start is None:
-        pictures = torch.cat([part for name in stage.data for part in features[name].features])  # (C, N, D_feature)
-        model.feature_scale.copy_(pictures.std(0).clamp_min(0.05))  # (N, D_feature)
-    else:
+    if stage.start is not None:
         start = run.path(f"{model_name(stage.start, seed)}.safetensors")
         checkpoint.load_into(model, checkpoint.load(start)[0], str(start))
+    if stage.data and not _has_seen_pictures(run.params, stage.start):
+        pictures = torch.cat([part for name in stage.data for part in features[name].features])  # (C, N, D_feature)
+        model.feature_scale.copy_(pictures.std(0).clamp_min(0.05))  # (N, D_feature)
     return model, template
 
 

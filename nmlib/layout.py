@@ -5,7 +5,7 @@ One conversation becomes one sequence (SEED-X's template, one turn a round):
     <s> [INST] #1 <img> C*N </img> use this picture [/INST]            an upload, or
     <s> [INST] a picture with ... [/INST] #1 <img> Q*N C*N </img>        a description
         [INST] #2 <img> C*N </img> this is olivia [/INST]                  an introduction
-        [INST] olivia on a red wall [/INST] #2 to #5 <img> Q*N C*N </img>  a recall
+        [INST] olivia on a red wall [/INST] said olivia #2 to #5 <img> Q*N C*N </img>  a recall
         [INST] make the wall blue [/INST] blue background #1 to #2 <img> Q*N C*N </img> ...
 
 Q are the N query tokens whose hidden states become the image; C are the N history tokens of the same image,
@@ -194,7 +194,8 @@ class Template:
         """Ids of the text before a generated image, up to `<img>`."""
         item, before = conversation.rounds[index], conversation.named_edit(index)
         edit = f"{item.edit.value} {item.edit.attribute}" if item.edit else ""
-        text = phrases.response(self.response, index, item.base, item.instruction, edit, before)
+        name = item.name if item.kind == "recall" and item.name else ""
+        text = phrases.response(self.response, index, item.base, item.instruction, edit, before, name)
         return self.encode(f"{text} {BOI}")
 
     def closing(self, conversation: Conversation, index: int) -> list[int]:

@@ -1,58 +1,85 @@
 """Exercises in finding what was said: what a small model must learn that a pretrained language model brings along.
 
 An exercise is a dialogue without pictures. Somebody says a few words in each round; now and then one of the words is
-asked for, or the n-th round, and the reply gives the number of the round in question. Nothing in it goes back to a
-picture and no instruction of the data sets occurs, so a model that was trained on it has seen no rollback and no
-introduction; but it can look up a word, and it knows what `third` means.
+asked for, or the n-th round, and the reply gives the number of the round in question. Where people have names, some
+rounds mix a name into other words, and the reply repeats the name and the round that first said it. Nothing in it
+goes back to a picture and no instruction of the data sets occurs, so a model that was trained on it has seen no
+rollback and no introduction; but it can look up a word, it knows what `third` means and which words are names.
+
+Held-out names are words too, as every name is known to a language model that has read the internet: here they are
+said, in the data sets nobody is called by them.
 """
 
 import random
 from collections.abc import Sequence
 
 from nmlib import phrases
-from nmlib.names import names
 from nmlib.sources import Source
 
 Dialogue = list[tuple[str, str]]  # what is said in each round, and the reply
 
 ASK_SHARE, NUMBER_SHARE = 0.6, 0.25  # of rounds that ask, and of these that ask for the n-th round
+NAME_SHARE, OLD_NAME_SHARE = 0.5, 0.75  # of rounds with a name where there are names, and of these with one said before
 MOST_WORDS = 5
-RESERVED = ("said", "to")  # words of the replies
+RESERVED = (phrases.SAID, "to")  # words of the replies
 
 
 def spoken_words(source: Source) -> tuple[str, ...]:
-    """Words for exercises: all that the source's grammar can say but for held-out names, which stay unheard."""
-    silent = {*names("heldout"), *RESERVED}
+    """Words for exercises but for names: all else that the source's grammar can say."""
+    silent = {*source.names, *RESERVED}
     return tuple(word for word in phrases.vocabulary(source.attributes, source.names) if word not in silent)
 
 
-def exercise(words: Sequence[str], rounds: int, rng: random.Random) -> Dialogue:
+def exercise(words: Sequence[str], names: Sequence[str], rounds: int, rng: random.Random) -> Dialogue:
     """One dialogue.
 
     Args:
         words: to draw from; no word is new twice, so that what is asked for has one answer.
+        names: of people, none of them among the words; may be empty.
         rounds: length.
         rng: source of chance.
     """
     dialogue: Dialogue = []
     said: dict[str, int] = {}
     for index in range(rounds):
-        here = phrases.marker(index)
-        if said and rng.random() < ASK_SHARE:
-            if rng.random() < NUMBER_SHARE:
-                place = rng.randrange(min(index, len(phrases.ORDINALS)))
-                dialogue.append((phrases.ORDINALS[place], f"{phrases.marker(place)} to {here}"))
-            else:
-                word = rng.choice(sorted(said))
-                dialogue.append((f"said {word}", f"said {word} {phrases.marker(said[word])} to {here}"))
-            continue
-        fresh = rng.sample([word for word in words if word not in said], rng.randint(2, MOST_WORDS))
-        said |= dict.fromkeys(fresh, index)
-        before = f"{phrases.marker(index - 1)} to " if index else ""
-        dialogue.append((" ".join(fresh), f"{fresh[-1]} {before}{here}"))
+        if names and rng.random() < NAME_SHARE:
+            dialogue.append(_with_a_name(words, names, said, index, rng))
+        elif said and rng.random() < ASK_SHARE:
+            dialogue.append(_question(said, index, rng))
+        else:
+            fresh = rng.sample([word for word in words if word not in said], rng.randint(2, MOST_WORDS))
+            said |= dict.fromkeys(fresh, index)
+            before = f"{phrases.marker(index - 1)} to " if index else ""
+            dialogue.append((" ".join(fresh), f"{fresh[-1]} {before}{phrases.marker(index)}"))
     return dialogue
 
 
-def exercises(words: Sequence[str], count: int, rounds: int, rng: random.Random) -> list[Dialogue]:
+def _question(said: dict[str, int], index: int, rng: random.Random) -> tuple[str, str]:
+    """A round that asks for a word that was said, or for an earlier round by its number."""
+    here = phrases.marker(index)
+    if rng.random() < NUMBER_SHARE:
+        place = rng.randrange(min(index, len(phrases.ORDINALS)))
+        return phrases.ORDINALS[place], f"{phrases.marker(place)} to {here}"
+    word = rng.choice(sorted(said))
+    return f"{phrases.SAID} {word}", f"{phrases.SAID} {word} {phrases.marker(said[word])} to {here}"
+
+
+def _with_a_name(
+    words: Sequence[str], names: Sequence[str], said: dict[str, int], index: int, rng: random.Random
+) -> tuple[str, str]:
+    """A round that mixes a name into other words, mostly one that was said before; adds what is new to `said`."""
+    old = [name for name in names if name in said]
+    fresh = [name for name in names if name not in said]
+    name = rng.choice(old if old and rng.random() < OLD_NAME_SHARE else fresh)
+    text = rng.sample(words, rng.randint(1, MOST_WORDS - 1))
+    text.insert(rng.randint(0, len(text)), name)
+    for word in text:
+        said.setdefault(word, index)
+    return " ".join(text), f"{phrases.SAID} {name} {phrases.marker(said[name])} to {phrases.marker(index)}"
+
+
+def exercises(
+    words: Sequence[str], names: Sequence[str], count: int, rounds: int, rng: random.Random
+) -> list[Dialogue]:
     """`count` dialogues of `rounds` rounds each."""
-    return [exercise(words, rounds, rng) for _ in range(count)]
+    return [exercise(words, names, rounds, rng) for _ in range(count)]

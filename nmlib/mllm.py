@@ -234,25 +234,15 @@ class HistoryMLLM(nn.Module):
         supervised = layout.labels != IGNORE  # (B, T)
         return F.cross_entropy(self.base_llm.lm_head(hidden_states[supervised]).float(), layout.labels[supervised])
 
-    def forward(
+    def image_losses(
         self,
         layout: Layout,
         features: Tensor,
         replaced: Tensor | None = None,
         history_noise: float = 0.0,
-        words: Layout | None = None,
         weights: Tensor | None = None,
-    ) -> Losses:
-        """Losses of a batch.
-
-        Args:
-            layout: token sequences of B conversations.
-            features: (B, R, N, D_feature) true features of every round.
-            replaced: (B, R) bool, history images to replace by the model's own predictions (packed only).
-            history_noise: standard deviation of noise added to history features.
-            words: more conversations, laid out without pictures, of which the replies are learned.
-            weights: (B, R, N) how much each token counts, of mean 1 in each picture; all alike by default.
-        """
+    ) -> tuple[Tensor, Tensor]:
+        """Text loss and feature loss of conversations with pictures; arguments as in `forward`."""
         history = features[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)
         if replaced is not None and bool(replaced.any()):
             history = self._own_history(layout, features, history, replaced)
@@ -265,8 +255,32 @@ class HistoryMLLM(nn.Module):
             errors = errors * weights[layout.queries[:, 0], layout.queries[:, 1]]  # (Q, N)
         image = errors.mean()
         labels = layout.labels[layout.labels != IGNORE]  # (L,)
-        text = F.cross_entropy(output.logits.float(), labels) if len(labels) else image.new_zeros(())
-        spoken = image.new_zeros(()) if words is None else self.text_loss(words)
+        return F.cross_entropy(output.logits.float(), labels) if len(labels) else image.new_zeros(()), image
+
+    def forward(
+        self,
+        layout: Layout | None = None,
+        features: Tensor | None = None,
+        replaced: Tensor | None = None,
+        history_noise: float = 0.0,
+        words: Layout | None = None,
+        weights: Tensor | None = None,
+    ) -> Losses:
+        """Losses of a batch: of conversations with pictures, of words alone, or of both.
+
+        Args:
+            layout: token sequences of B conversations.
+            features: (B, R, N, D_feature) true features of every round; goes with `layout`.
+            replaced: (B, R) bool, history images to replace by the model's own predictions (packed only).
+            history_noise: standard deviation of noise added to history features.
+            words: more conversations, laid out without pictures, of which the replies are learned.
+            weights: (B, R, N) how much each token counts, of mean 1 in each picture; all alike by default.
+        """
+        text = image = spoken = self.feature_scale.new_zeros(())
+        if layout is not None and features is not None:
+            text, image = self.image_losses(layout, features, replaced, history_noise, weights)
+        if words is not None:
+            spoken = self.text_loss(words)
         total = self.settings.text_loss_weight * (text + spoken) + self.settings.feature_loss_weight * image
         return Losses(total, text, image, spoken)
 

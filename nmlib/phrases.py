@@ -60,6 +60,7 @@ CONTENT_LOOK = (
     "return to the picture before {look}",
     "undo everything since {look}",
 )
+SAID = "said"
 CONTENT_QUOTE = ("go back to the one before i said {quote}", "return to the picture before i said {quote}")
 START = (
     "start over",
@@ -255,22 +256,27 @@ def rename_sentence(rng: random.Random, name: str, command: Callable[[], str], s
     return with_name(draw(lambda: _polish(rng, f"{rng.choice(RENAME)} and {command()}"), split), name)
 
 
-def response(style: str, index: int, base: int | None, instruction: str, edit: str = "", before: str = "") -> str:
+def response(
+    style: str, index: int, base: int | None, instruction: str, edit: str = "", before: str = "", name: str = ""
+) -> str:
     """The text before an image.
 
     Args:
         style: `grounded` says what was asked for, which picture this is and which one it starts from, for example
-            `before hat #2 then pink hair to #6`; `polite` is small talk.
+            `before hat #2 then pink hair to #6` or `said olivia #2 to #5`; `polite` is small talk.
         index: round of the image.
         base: round it starts from, None for an upload or a description.
         instruction: picks the small talk, so that it is a function of the conversation.
         edit: what the image sets, where known.
         before: the earlier edit by which the instruction names the base, if it does.
+        name: of the person who is asked for, if somebody is.
     """
     if style == "polite":
         return POLITE[hashlib.blake2b(instruction.encode(), digest_size=1).digest()[0] % len(POLITE)]
     start = [] if base is None else [marker(base)]
-    if before:
+    if name:
+        parts = [SAID, name, *start]
+    elif before:
         parts = ["before", before, *start, *(["then", edit] if edit else [])]
     else:
         parts = [*([edit] if edit else []), *start]

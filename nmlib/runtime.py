@@ -6,6 +6,7 @@ a killed run never leaves something half-written that a later run could take for
 
 import ast
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -29,6 +30,8 @@ from nmlib import config
 T = TypeVar("T")
 MAX_THREADS = 8
 _TEMPORARY = ".tmp-"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BLOCK, _KEPT_HEAP = 2**25, 2**31 - 1  # the largest that glibc takes, in bytes
 
 
 class RunError(RuntimeError):
@@ -69,6 +72,18 @@ def set_threads(n: int = 0) -> int:
     threads = n if n > 0 else min(cores(), MAX_THREADS)
     torch.set_num_threads(threads)
     return threads
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep freed memory for the next step, where the C library is glibc; elsewhere do nothing.
+
+    A training step takes and frees the same large tensors again and again. glibc hands each of them back to the
+    system at once, which then clears its pages for the next step: half of the time of a step on two cores.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no C library by that name, or another one
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_HEAP)
 
 
 def device() -> torch.device:
@@ -330,6 +345,7 @@ class Run:
                 temporary.write_bytes(text)
         _sweep(run.folder)
         set_threads(params.threads)
+        keep_freed_memory()
         seed_everything(params.seed)
         return run
 

@@ -303,7 +303,8 @@ class StageConfig(Settings):
     images replaced by the model's own predictions, reached by a linear ramp. `data` is the mix of data sets that its
     pictures come from, each with a weight; a bare name is that set alone. Each step also reads `word_rounds` rounds
     without pictures: fresh conversations of the same mix (`words: data`), of which the share `content_first` of the
-    steps refers by content whenever it can, or exercises in finding what was said (`words: lookup`).
+    steps refers by content whenever it can, or exercises in finding what was said (`words: lookup`). A stage whose mix
+    is empty (`data: {}`) reads such exercises alone, `optim.batch_size` dialogues a step.
     """
 
     name: str
@@ -326,6 +327,21 @@ class StageConfig(Settings):
     @classmethod
     def _one_set_or_a_mix(cls, value: Any) -> Any:
         return {value: 1.0} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _words_alone_are_exercises(self) -> "StageConfig":
+        if self.data:
+            return self
+        if self.words != "lookup":
+            raise ValueError(
+                f"data: {{}} has no pictures, so the stage reads exercises; expected words: lookup, got {self.words}"
+            )
+        for name in ("word_rounds", "history_noise", "predicted_history"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} has no use in a stage without pictures (data: {{}}); leave it out"
+                )
+        return self
 
 
 class ExperimentsConfig(Settings):

@@ -76,6 +76,19 @@ def test_stage_that_starts_from_nothing(tmp_path: Path, tiny: dict[str, Any]) ->
     assert "'base' starts from 'bse', which is no earlier stage" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "data: {} has no pictures, so the stage reads exercises; expected words: lookup, got data"),
+        ({"words": "lookup", "word_rounds": 12}, "word_rounds: 12 has no use in a stage without pictures"),
+        ({"words": "lookup", "history_noise": 0.1}, "history_noise: 0.1 has no use in a stage without pictures"),
+    ],
+)
+def test_stage_without_pictures(tmp_path: Path, tiny: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    tiny["stages"][0] |= {"data": {}, "words": "data", "history_noise": 0.0, "word_rounds": 0} | changes
+    assert said in refusal(write(tmp_path / "a.yaml", tiny))
+
+
 def test_missing_file_lists_its_neighbours(tmp_path: Path, tiny: dict[str, Any]) -> None:
     write(tmp_path / "tiny.yaml", tiny)
     text = refusal(tmp_path / "tini.yaml")

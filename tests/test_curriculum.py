@@ -170,6 +170,25 @@ def test_the_first_stage_measures_the_scale_of_the_features(trained: Trained) ->
     assert scale.min() >= 0.05
 
 
+def test_a_stage_without_pictures_learns_words_and_leaves_pictures_alone(trained: Trained, tmp_path: Path) -> None:
+    """It reads as many dialogues as the batch says; the stage that goes on from it measures the features."""
+    optim = SETTINGS["stages"][0]["optim"]
+    words = {"name": "language", "data": {}, "words": "lookup", "trainable": "all", "optim": optim | {"batch_size": 5}}
+    base = SETTINGS["stages"][0] | {"start": "language"}
+    longest = SETTINGS["model"] | {"max_rounds": max(batches.WORD_LENGTHS)}
+    run = open_run(tmp_path, stages=[words, base], model=longest)
+    run.path("encoder.safetensors").write_bytes(trained.run.path("encoder.safetensors").read_bytes())
+    history = curriculum.train_stage(run, "language", {})
+    assert history[-1]["image"] == history[-1]["text"] == 0 and history[-1]["words"] < history[0]["words"]
+    language, template = curriculum.load_model(model_path(run, "language"))
+    assert float(language.feature_scale.min()) == float(language.feature_scale.max()) == 1.0
+    stage = run.params.stage("language")
+    batch = batches.stage_batches(run.params, stage, {}, template, 0)(3)
+    assert set(batch) == {"words"} and len(batch["words"].input_ids) == 5 and not len(batch["words"].queries)
+    curriculum.train_stage(run, "base", trained.features)
+    assert not torch.equal(tensors(run, "base")["feature_scale"], language.feature_scale)
+
+
 def test_a_stage_without_its_start_says_what_to_run(trained: Trained, tmp_path: Path) -> None:
     run = open_run(tmp_path)
     text = raised(lambda: curriculum.train_stage(run, "rollback", trained.features), CheckpointError)

@@ -246,7 +246,7 @@ def test_introductions_are_read_as_uploads_and_recalls_answered_by_the_picture_t
         for index, item in enumerate(conversation.rounds):
             if item.kind == "recall" and item.base is not None:
                 reply = TOKENIZER.decode(template.reply(conversation, index))
-                assert reply == f"#{item.base + 1} to #{index + 1} <img>"
+                assert reply == f"said {item.name} #{item.base + 1} to #{index + 1} <img>"
                 assert phrases.base_of_response(reply.removesuffix(" <img>"), index) == item.base
             if item.kind == "introduce":
                 assert TOKENIZER.decode(template.closing(conversation, index)) == f"</img> {item.instruction} [/INST]"

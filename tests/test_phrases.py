@@ -207,6 +207,7 @@ def test_grounded_replies_by_hand() -> None:
     assert reply(3) == "#4 to #6"
     assert reply(4, "pink hair") == "pink hair #5 to #6"
     assert reply(1, before="hat") == "before hat #2 to #6"
+    assert phrases.response("grounded", 5, 1, "", name="olivia") == "said olivia #2 to #6"
     assert reply(1, "pink hair", "cap hat") == "before cap hat #2 then pink hair to #6"
 
 
