@@ -5,7 +5,7 @@ function of the step and the seed.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,28 @@ def word_batch(params: Params, stage: StageConfig, template: Template, step: int
     return template.spoken(lookup.exercises(words, speaker.names, count, length, rng))
 
 
+def change_weights(conversations: Sequence[Conversation], features: Tensor, weight: float) -> Tensor:
+    """Loss weights that grow where a picture differs from the one it starts from.
+
+    Glasses are few tokens and a wall is many: with equal weights a small edit is learned last. A token that changes as
+    much as the mean of its picture keeps weight 1, and the weights of a picture have mean 1.
+
+    Args:
+        conversations: B of one length R.
+        features: (B, R, N, D_feature) of their pictures.
+        weight: of the change against that of all tokens alike.
+
+    Returns:
+        (B, R, N); all ones where a picture starts from none or equals the one it starts from.
+    """
+    bases = torch.tensor([[-1 if item.base is None else item.base for item in c.rounds] for c in conversations])
+    start = features[torch.arange(len(features))[:, None], bases.clamp_min(0)]  # (B, R, N, D_feature)
+    change = (features - start).square().mean(-1)  # (B, R, N)
+    mean = change.mean(-1, keepdim=True)  # (B, R, 1)
+    weights = (1 + weight * change / mean.clamp_min(1e-6)) / (1 + weight)  # (B, R, N)
+    return torch.where((bases[..., None] >= 0) & (mean > 1e-4), weights, 1.0)
+
+
 def stage_batches(
     params: Params, stage: StageConfig, features: Mapping[str, ConversationFeatures], template: Template, seed: int
 ) -> Callable[[int], dict[str, Any]]:
@@ -135,12 +157,16 @@ def stage_batches(
         conversations, true = part.take(indices)
         generator, chance = data.step_generator(seed + 4, step), predicted_share(stage, step)
         replaced = torch.rand(true.shape[:2], generator=generator) < chance if chance else None
+        weights = part.take_weights(indices)
+        if stage.change_weight:
+            changed = change_weights(conversations, true, stage.change_weight)
+            weights = changed if weights is None else changed * weights
         return {
             "layout": template.packed(conversations)
             if stage.supervision == "packed"
             else template.prefix(conversations),
             "features": true,
-            "weights": part.take_weights(indices),
+            "weights": weights,
             "replaced": replaced,
             "history_noise": stage.history_noise,
             "words": word_batch(params, stage, template, step, seed + 7) if stage.word_rounds else None,

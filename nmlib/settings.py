@@ -304,7 +304,8 @@ class StageConfig(Settings):
     pictures come from, each with a weight; a bare name is that set alone. Each step also reads `word_rounds` rounds
     without pictures: fresh conversations of the same mix (`words: data`), of which the share `content_first` of the
     steps refers by content whenever it can, or exercises in finding what was said (`words: lookup`). A stage whose mix
-    is empty (`data: {}`) reads such exercises alone, `optim.batch_size` dialogues a step.
+    is empty (`data: {}`) reads such exercises alone, `optim.batch_size` dialogues a step. `change_weight` says how much
+    more the tokens count that a request changes, see `batches.change_weights`.
     """
 
     name: str
@@ -314,6 +315,7 @@ class StageConfig(Settings):
     supervision: Literal["packed", "prefix"] = "packed"
     predicted_history: Fraction = 0.0
     history_noise: Annotated[float, Field(ge=0.0)] = 0.0
+    change_weight: Annotated[float, Field(ge=0.0)] = 0.0
     word_rounds: Annotated[int, Field(ge=0)] = 0
     words: Literal["data", "lookup"] = "data"
     content_first: Fraction = 0.5
@@ -336,7 +338,7 @@ class StageConfig(Settings):
             raise ValueError(
                 f"data: {{}} has no pictures, so the stage reads exercises; expected words: lookup, got {self.words}"
             )
-        for name in ("word_rounds", "history_noise", "predicted_history"):
+        for name in ("word_rounds", "history_noise", "predicted_history", "change_weight"):
             if getattr(self, name):
                 raise ValueError(
                     f"{name}: {getattr(self, name)} has no use in a stage without pictures (data: {{}}); leave it out"

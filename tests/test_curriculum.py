@@ -12,7 +12,7 @@ from toy import FEATURES, SETTINGS, SOURCE, TOKENS, Trained, features_of, open_r
 from nmlib import batches, checkpoint, codec, config, curriculum, data, train
 from nmlib.checkpoint import CheckpointError
 from nmlib.config import StageConfig
-from nmlib.conversation import Conversation
+from nmlib.conversation import Conversation, Round
 from nmlib.data import ConversationFeatures
 from nmlib.runtime import Run
 
@@ -141,6 +141,20 @@ def test_words_come_from_fresh_conversations_by_content_first() -> None:
         return kinds.count("content") / len(kinds)
 
     assert share(early) > share(late) + 0.05
+
+
+def test_weights_grow_where_a_picture_changes() -> None:
+    """By hand, three tokens of one number: the change is (0, 1, 0) and then none; an upload and an undo weigh alike."""
+    edit = Round("make it red", "edit", 0, values=(0,))
+    told = Conversation("a", "toy", (Round("x", "upload"), edit, Round("undo", "rollback", 0), edit))
+    features = torch.tensor(
+        [[[2.0], [3.0], [5.0]], [[2.0], [4.0], [5.0]], [[2.0], [3.0], [5.0]], [[2.0], [3.0], [7.0]]]
+    )
+    weights = batches.change_weights([told], features[None], 2.0)[0]
+    torch.testing.assert_close(
+        weights, torch.tensor([[1, 1, 1], [1 / 3, 7 / 3, 1 / 3], [1, 1, 1], [1 / 3, 1 / 3, 7 / 3]])
+    )
+    assert torch.allclose(weights.mean(-1), torch.ones(4))
 
 
 def test_overrides_of_a_stage_take_effect(trained: Trained) -> None:
