@@ -196,6 +196,9 @@ def _write_generated(folder: Path, run: Run) -> None:
     for name, text in pages.items():
         with runtime.atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    # where `{measured}` in the chapters finds the numbers of this run
+    rows = {id_: record.model_dump(mode="json", exclude={"id"}) for id_, record in found.items()}
+    runtime.write_json(folder / "records.json", rows)
 
 
 def _build(root: Path) -> None:

@@ -46,6 +46,7 @@ LAYERS = (
         "layout",
         "lookup",
         "manifest",
+        "measured",
         "parquet_sets",
         "personalization",
         "readers",
