@@ -15,7 +15,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from nmlib import claims, records, runtime
+from nmlib import claims, links, records, runtime
 from nmlib.runtime import Run, RunError
 from nmlib.steps import Step, read_step
 
@@ -41,7 +41,8 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
         The first page.
 
     Raises:
-        RunError: a chapter was not executed, printed a warning under `strict`, or the book does not build.
+        RunError: a chapter was not executed, printed a warning under `strict`, the book does not build, or a link of
+            it leads nowhere.
     """
     names = chapters(root)
     others = {name for name in names if not _step(root, name).applies(run.params)}
@@ -69,6 +70,9 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
     html = root / "_build" / "html"
     for name in names:  # what a reader downloads is the notebook itself, to be run, without the pictures of this run
         shutil.copyfile(root / "notebooks" / f"{name}.ipynb", html / "_sources" / "chapters" / f"{name}.ipynb")
+    broken = links.broken_links(html)
+    if broken:
+        raise RunError(f"{html}: {len(broken)} links lead nowhere; first: {broken[0]}")
     return html / "index.html"
 
 

@@ -44,6 +44,7 @@ LAYERS = (
         "identity",
         "inspection",
         "layout",
+        "links",
         "lookup",
         "manifest",
         "measured",
