@@ -139,6 +139,20 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     assert links.broken_links(tmp_path) == ["a.html: sub/b.html#z", "a.html: #y", "sub/b.html: ../no.png"]
 
 
+def test_plain_docstrings_of_modules_become_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "book" / "_ext"))
+    from docstrings import separate_blocks  # type: ignore[import-not-found]
+
+    lines = ["What it is:", "- one,", "  two;", "- three.", "Then:", "", "    x = 1", "", "End."]
+    separate_blocks(None, "module", "", None, None, lines)
+    assert lines == [
+        "What it is:", "", "- one,", "  two;", "- three.", "", "Then::", "", "    x = 1", "", "End.",
+    ]  # fmt: skip
+    plain = ["- one", "two"]
+    separate_blocks(None, "function", "", None, None, plain)
+    assert plain == ["- one", "two"]
+
+
 def test_every_module_is_on_one_page_of_the_api_and_every_page_is_listed() -> None:
     pages = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "book" / "api").glob("*.md")}
     listed = re.findall(r"automodule:: nmlib\.(\w+)", "\n".join(pages.values()))

@@ -1,6 +1,7 @@
 """Numbers in prose come from records: a changed record changes the page, a missing or a typed one stops the build."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,10 @@ def test_what_looks_measured(text: str) -> None:
 )
 def test_what_does_not(text: str) -> None:
     assert measured.typed(text) == []
+
+
+def test_the_readme_types_no_measured_number() -> None:
+    text = (EXTENSIONS.parent.parent / "README.md").read_text(encoding="utf-8")
+    text = text.partition("<!-- results:start -->")[0] + text.partition("<!-- results:end -->")[2]
+    prose = re.sub(r"(?s)```.*?```|`[^`]*`|(Python|License) [\d.]+", "", text)
+    assert measured.typed(prose) == [], "name the record instead; the table shows its value"
