@@ -5,6 +5,7 @@ that only set parameters, without what progress bars left behind, and with live 
 version they carry along.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -189,7 +190,7 @@ def _write_generated(folder: Path, run: Run) -> None:
     found = records.read_records(run)
     made = f"Built with `params/{run.name}.yaml` on {runtime.machine()}."
     if "book.minutes" in found:
-        made += f" The notebooks took {found['book.minutes'].value:.1f} minutes."
+        made += " The notebooks took {measured-value}`book.minutes:.1f` minutes."
     note = "" if run.params.meaningful else "\n" + _NOT_MEANINGFUL.replace("page", "book").format(name=run.name)
     table = records.table(found.values()) if found else "This run recorded nothing."
     intro = "Every number that this run measured, with its 95% interval where one was computed."
@@ -210,6 +211,11 @@ def _build(root: Path) -> None:
     start = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
     options = ["--config", "_config.yml", "--path-output", ".", "-W", "-n", "--keep-going", "--all", "-q"]
     command = [sys.executable, "-c", start, "build", "book", *options]
-    done = subprocess.run(command, cwd=root, check=False, stdout=subprocess.DEVNULL)  # warnings go to stderr
+    # the pages on the library are made from the code that runs here, wherever another copy is installed
+    path = [str(Path(runtime.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    done = subprocess.run(  # warnings go to stderr
+        command, cwd=root, check=False, stdout=subprocess.DEVNULL, env=environment
+    )
     if done.returncode:
         raise RunError(f"the book did not build (exit code {done.returncode}); the messages above say why")

@@ -8,6 +8,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from nmlib import measured
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 MAX_CELL_LINES, MIN_WORDS_PER_LINE = 15, 6.0
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -129,5 +131,6 @@ def test_figures_are_numbered_and_say_what_to_see(path: Path) -> None:
         names.append(shown["figure"]["name"])
         caption, words = shown["figure"]["caption"], shown.get("image", {}).get("alt", "")
         assert len(caption.split()) >= 12 and caption.endswith((".", "?")), f"say what to see in {caption!r}"
+        assert measured.typed(caption) == [], "a figure shows a run: its caption holds for every run"
         assert len(words.split()) >= 5, f"describe {names[-1]} in words for those who cannot see it"
     assert len(set(names)) == len(names)
