@@ -31,7 +31,11 @@ def broken_links(folder: Path) -> list[str]:
     Returns:
         One line for each: the page, and the link as it is written there.
     """
-    pages = {file.resolve(): _Page(file.read_text(encoding="utf-8")) for file in sorted(folder.rglob("*.html"))}
+    # what lies under _static with this ending are templates of the themes
+    files = [
+        file.resolve() for file in sorted(folder.rglob("*.html")) if "_static" not in file.relative_to(folder).parts
+    ]
+    pages = {file: _Page(file.read_text(encoding="utf-8")) for file in files}
     broken = []
     for file, page in pages.items():
         for link in dict.fromkeys(page.links):

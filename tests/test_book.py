@@ -141,7 +141,7 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
 
 def test_plain_docstrings_of_modules_become_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "book" / "_ext"))
-    from docstrings import separate_blocks  # type: ignore[import-not-found]
+    from docstrings import separate_blocks
 
     lines = ["What it is:", "- one,", "  two;", "- three.", "Then:", "", "    x = 1", "", "End."]
     separate_blocks(None, "module", "", None, None, lines)
