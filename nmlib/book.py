@@ -5,6 +5,7 @@ that only set parameters, without what progress bars left behind, and with live 
 version they carry along.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from nmlib import claims, records, runtime
+from nmlib import claims, links, records, runtime
 from nmlib.runtime import Run, RunError
 from nmlib.steps import Step, read_step
 
@@ -41,7 +42,8 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
         The first page.
 
     Raises:
-        RunError: a chapter was not executed, printed a warning under `strict`, or the book does not build.
+        RunError: a chapter was not executed, printed a warning under `strict`, the book does not build, or a link of
+            it leads nowhere.
     """
     names = chapters(root)
     others = {name for name in names if not _step(root, name).applies(run.params)}
@@ -69,6 +71,9 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
     html = root / "_build" / "html"
     for name in names:  # what a reader downloads is the notebook itself, to be run, without the pictures of this run
         shutil.copyfile(root / "notebooks" / f"{name}.ipynb", html / "_sources" / "chapters" / f"{name}.ipynb")
+    broken = links.broken_links(html)
+    if broken:
+        raise RunError(f"{html}: {len(broken)} links lead nowhere; first: {broken[0]}")
     return html / "index.html"
 
 
@@ -185,7 +190,7 @@ def _write_generated(folder: Path, run: Run) -> None:
     found = records.read_records(run)
     made = f"Built with `params/{run.name}.yaml` on {runtime.machine()}."
     if "book.minutes" in found:
-        made += f" The notebooks took {found['book.minutes'].value:.1f} minutes."
+        made += " The notebooks took {measured-value}`book.minutes:.1f` minutes."
     note = "" if run.params.meaningful else "\n" + _NOT_MEANINGFUL.replace("page", "book").format(name=run.name)
     table = records.table(found.values()) if found else "This run recorded nothing."
     intro = "Every number that this run measured, with its 95% interval where one was computed."
@@ -196,6 +201,9 @@ def _write_generated(folder: Path, run: Run) -> None:
     for name, text in pages.items():
         with runtime.atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    # where `{measured}` in the chapters finds the numbers of this run
+    rows = {id_: record.model_dump(mode="json", exclude={"id"}) for id_, record in found.items()}
+    runtime.write_json(folder / "records.json", rows)
 
 
 def _build(root: Path) -> None:
@@ -203,6 +211,11 @@ def _build(root: Path) -> None:
     start = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
     options = ["--config", "_config.yml", "--path-output", ".", "-W", "-n", "--keep-going", "--all", "-q"]
     command = [sys.executable, "-c", start, "build", "book", *options]
-    done = subprocess.run(command, cwd=root, check=False, stdout=subprocess.DEVNULL)  # warnings go to stderr
+    # the pages on the library are made from the code that runs here, wherever another copy is installed
+    path = [str(Path(runtime.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    done = subprocess.run(  # warnings go to stderr
+        command, cwd=root, check=False, stdout=subprocess.DEVNULL, env=environment
+    )
     if done.returncode:
         raise RunError(f"the book did not build (exit code {done.returncode}); the messages above say why")

@@ -23,14 +23,12 @@ from torch import Tensor
 
 from nmlib.conversation import to_picture
 from nmlib.metrics import bootstrap
-from nmlib.records import Record
 from nmlib.runtime import Run, atomic_path
 
 Picture = Tensor | Image.Image
 
 WIDTH = 7.8  # inches; the page scales every figure to its own width
 DPI = 160
-NO_BREAK = "\u00a0"
 DECADES = 30.0  # losses that fall by more than this factor are drawn on a logarithmic scale
 INK, MUTED, GRID, ACCENT = "#1b1f24", "#6a737d", "#e3e6ea", "#d55e00"
 FIXED = {
@@ -373,13 +371,3 @@ def about(run: Run) -> Markdown:
     if not params.meaningful:
         line += " **This size only shows that everything runs: its numbers and pictures mean nothing.**"
     return Markdown(line)
-
-
-def in_words(record: Record | None, digits: int = 2) -> str:
-    """A record for a sentence: `0.93 (0.90 to 0.96)`; `not measured` without one."""
-    if record is None:
-        return "*not measured*"
-    text = f"{record.value:.{digits}f}{NO_BREAK + record.unit if record.unit == 'dB' else ''}"
-    if record.low is None or record.high is None:
-        return text
-    return f"{text} ({record.low:.{digits}f} to {record.high:.{digits}f})".replace(" ", NO_BREAK)

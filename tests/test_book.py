@@ -10,7 +10,7 @@ import yaml
 from conftest import write_notebook
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from nmlib import book, claims
+from nmlib import book, claims, links
 from nmlib.pipeline import Project
 from nmlib.records import write_record
 from nmlib.runtime import RunError
@@ -93,13 +93,14 @@ def test_table_of_contents_is_checked(project_root: Path) -> None:
 def book_root(project_root: Path) -> Path:
     """A project with the real pages around two executed chapters."""
     pages = project_root / "book"
-    shutil.copytree(ROOT / "book", pages, ignore=shutil.ignore_patterns("chapters", "generated", "results"))
+    shutil.copytree(ROOT / "book", pages, ignore=shutil.ignore_patterns("chapters", "generated", "results", "api"))
     shutil.copy(ROOT / "_config.yml", project_root)
     toc = yaml.safe_load((pages / "_toc.yml").read_text())
     toc["parts"][0]["chapters"] = [{"file": "chapters/01_one"}, {"file": "chapters/02_two"}]
+    toc["parts"] = [part for part in toc["parts"] if part["caption"] != "Library"]
     (pages / "_toc.yml").write_text(yaml.safe_dump(toc))
-    index = (pages / "index.md").read_text()
-    (pages / "index.md").write_text(re.sub(r"(?m)^\| \{doc\}`chapters.*\n", "", index))
+    for page in pages.glob("*.md"):
+        page.write_text(re.sub(r"\{doc\}(`(chapters|api)/)", r"\1", page.read_text()))
     for name in ("01_one", "02_two"):
         write_notebook(project_root / "runs" / "tiny" / "chapters" / f"{name}.ipynb", f"Title of {name}", "1 + 1")
     return project_root
@@ -127,6 +128,38 @@ def test_book_builds_and_asks_no_other_host(book_root: Path, capfd: pytest.Captu
     assert "Title of 01_one" in chapter
     assert "../runs/tiny" not in chapter
     assert 'rel="icon"' in chapter
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.html").write_text('<p id="x"><a href="sub/b.html#y"></a><a href="#x"></a><a href="http://c/d"></a>')
+    (tmp_path / "sub" / "b.html").write_text('<p id="y"><a href="../a.html"></a><img src="../no.png">')
+    assert links.broken_links(tmp_path) == ["sub/b.html: ../no.png"]
+    (tmp_path / "a.html").write_text('<p id="x"><a href="sub/b.html#z"></a><a href="#y"></a>')
+    assert links.broken_links(tmp_path) == ["a.html: sub/b.html#z", "a.html: #y", "sub/b.html: ../no.png"]
+
+
+def test_plain_docstrings_of_modules_become_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "book" / "_ext"))
+    from docstrings import separate_blocks
+
+    lines = ["What it is:", "- one,", "  two;", "- three.", "Then:", "", "    x = 1", "", "End."]
+    separate_blocks(None, "module", "", None, None, lines)
+    assert lines == [
+        "What it is:", "", "- one,", "  two;", "- three.", "", "Then::", "", "    x = 1", "", "End.",
+    ]  # fmt: skip
+    plain = ["- one", "two"]
+    separate_blocks(None, "function", "", None, None, plain)
+    assert plain == ["- one", "two"]
+
+
+def test_every_module_is_on_one_page_of_the_api_and_every_page_is_listed() -> None:
+    pages = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "book" / "api").glob("*.md")}
+    listed = re.findall(r"automodule:: nmlib\.(\w+)", "\n".join(pages.values()))
+    modules = {file.stem for file in (ROOT / "nmlib").glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(listed) == sorted(modules), "give each module a section on one page of book/api/"
+    toc = (ROOT / "book" / "_toc.yml").read_text(encoding="utf-8")
+    assert set(re.findall(r"file: api/(\w+)", toc)) == set(pages)
 
 
 def test_strict_book_refuses_a_warning(book_root: Path) -> None:

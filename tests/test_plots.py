@@ -16,7 +16,6 @@ from PIL import Image
 from nmlib import diagrams, plots
 from nmlib.config import DataConfig
 from nmlib.layout import Template, build_tokenizer
-from nmlib.records import Record
 from nmlib.rollback import build_conversations, with_images
 from nmlib.world import WorldSource
 
@@ -145,16 +144,6 @@ def test_tokens_are_told_apart() -> None:
 def test_heat_maps_write_exact_zeros() -> None:
     figure = diagrams.heat_maps({"one": torch.tensor([[0.5, 0.0]]), "two": torch.eye(2)}, "x", "y", numbers=True)
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.5", "0"]
-
-
-def test_words_for_numbers() -> None:
-    record = Record(
-        id="a.b", value=0.934, low=0.9, high=0.96, n=10, command="", modules=(), params_hash="", library_hash="",
-        machine="",
-    )  # fmt: skip
-    assert plots.in_words(record).replace(plots.NO_BREAK, " ") == "0.93 (0.90 to 0.96)"
-    assert plots.in_words(record.model_copy(update={"unit": "dB", "low": None})) == f"0.93{plots.NO_BREAK}dB"
-    assert plots.in_words(None) == "*not measured*"
 
 
 @pytest.mark.parametrize("meaningful", [True, False])
