@@ -1,15 +1,13 @@
 """The explorers in a real Chromium: clicked on a static page, and talking to Python, with no other host in reach."""
 
-import shutil
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import chromium
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from chromium import Site
+from playwright.sync_api import expect
 from test_explorers import branched, identity_state, plain_chains, session
 from toy import SOURCE, draw, system
 
@@ -17,83 +15,31 @@ from nmlib import recordings
 from nmlib.explorers import ConversationExplorer, DriftExplorer, Explorer, IdentityExplorer
 from nmlib.recordings import IdentityState, SessionRecorder, data_uri, record_policies, record_session
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
-OPTIONS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run",
-    "--disable-sync",
-]  # fmt: skip
 HEAD = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>test</title><link rel="icon" href="data:,">'
     '<meta name="viewport" content="width=device-width"></head><body>'
 )
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium found; install one, on Debian with `apt-get install chromium`"
-)
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder and says nothing."""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-class Site:
-    """A folder served on loopback, and pages of it that may ask nobody else."""
-
-    def __init__(self, browser: Browser, folder: Path, address: str) -> None:
-        self.browser, self.folder, self.address = browser, folder, address
-        self.faults: list[str] = []
-
-    def _route(self, route: Route) -> None:
-        if route.request.url.startswith((self.address, "data:", "blob:")):
-            route.continue_()
-        else:
-            self.faults.append(f"asked {route.request.url}")
-            route.abort()
-
-    def page(self, width: int = 1000, theme: Any = "light") -> Page:
-        """An empty page whose errors and foreign requests are noted."""
-        page = self.browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme).new_page()
-        page.set_default_timeout(10_000)
-        page.route("**/*", self._route)
-        page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        return page
-
-    def open(self, name: str, **options: Any) -> Page:
-        """A page of the folder."""
-        page = self.page(**options)
-        page.goto(f"{self.address}/{name}")
-        return page
+pytestmark = chromium.needs_chromium
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        site = Site(browser, folder, f"http://127.0.0.1:{server.server_port}")
-        write(folder / "all.html", *explorers())
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("site")
+    write(made / "all.html", *explorers())
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Site]:
+    with chromium.served(folder) as site:
         yield site
-        browser.close()
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 @pytest.fixture
-def site(served: Site) -> Iterator[Site]:
+def site(server: Site) -> Iterator[Site]:
     """The site; a test fails if its pages reported an error or asked another host."""
-    served.faults.clear()
-    yield served
-    for context in served.browser.contexts:
-        context.close()
-    assert served.faults == []
+    yield server
+    server.finish()
 
 
 def write(path: Path, *shown: Explorer) -> None:
@@ -106,14 +52,18 @@ def explorers() -> list[Explorer]:
     states = [record_session(branched(), "first", rivals), record_session(session("undo that"), "second")]  # type: ignore[arg-type]
     pictures = [data_uri(SOURCE.render(*state)[0]) for state in squares()]
     raw = identity_state()
+    more = {"kind": "ablation", "identity": 0.3, "compliance": 0.4}
+    raw["stages"] += [more | {"name": f"extra{place}", "label": f"extra_long_name_{place}"} for place in range(18)]
     names = [stage["name"] for stage in raw["stages"]]
-    for number in (1, 2):
+    raw["cases"] = []
+    for number, (person, prompt) in enumerate(
+        (("Person 1", "in a hat"), ("Person 2", "in a hat"), ("Person 2", "old"))
+    ):
         results = {
-            name: {"image": pictures[place], "identity": 0.1 * place + 0.05 * number, "compliance": 0.5}
+            name: {"image": pictures[place % 3], "identity": 0.1 * place + 0.05 * number, "compliance": 0.5}
             for place, name in enumerate(names)
         }
-        case = {"title": f"Person {number}", "prompt": "in a hat", "reference": pictures[3], "results": results}
-        raw["cases"] = [*raw["cases"][: number - 1], case]
+        raw["cases"].append({"title": person, "prompt": prompt, "reference": pictures[3], "results": results})
     return [
         ConversationExplorer(states),
         ConversationExplorer(states[1:]),
@@ -213,7 +163,7 @@ def test_drift_by_slider_difference_and_play(site: Site) -> None:
     assert pixels.get_attribute("src") != before
 
 
-def test_identity_by_stage_point_and_person(site: Site) -> None:
+def test_identity_by_stage_point_person_and_prompt(site: Site) -> None:
     page = site.open("all.html")
     identity = page.locator(".nm-identity")
     shown = identity.locator("figure[data-stage]")
@@ -225,9 +175,30 @@ def test_identity_by_stage_point_and_person(site: Site) -> None:
     expect(identity.locator("[data-key=point-joint]")).to_have_attribute("aria-pressed", "true")
     identity.locator("[data-key=point-base]").click()
     expect(shown).to_have_attribute("data-stage", "base")
-    expect(shown).to_contain_text("identity 0.05, compliance 0.50")
-    identity.get_by_label("Person and prompt").select_option("Person 2: in a hat")
+    expect(shown).to_contain_text("identity 0.00, compliance 0.50")
+    identity.get_by_label("Person").select_option("Person 2")
+    expect(shown).to_contain_text("identity 0.05")
+    assert identity.get_by_label("Prompt").locator("option").all_inner_texts() == ["in a hat", "old"]
+    identity.get_by_label("Prompt").select_option("old")
     expect(shown).to_contain_text("identity 0.10")
+
+
+def test_many_stages_are_one_stop_of_the_keyboard(site: Site) -> None:
+    page = site.open("all.html")
+    identity = page.locator(".nm-identity")
+    shown, focus = identity.locator("figure[data-stage]"), "document.activeElement.dataset.key"
+    identity.locator("[data-key=stage-stage1]").focus()
+    page.keyboard.press("ArrowRight")
+    expect(shown).to_have_attribute("data-stage", "joint")
+    assert page.evaluate(focus) == "stage-joint"
+    page.keyboard.press("End")
+    expect(shown).to_have_attribute("data-stage", "extra17")
+    page.keyboard.press("ArrowDown")
+    expect(shown).to_have_attribute("data-stage", "base")
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate(focus) == "point-base", "the points of the plot are one stop too"
+    page.keyboard.press("ArrowRight")
+    expect(shown).to_have_attribute("data-stage", "stage1")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -263,7 +234,7 @@ explorer.render({ model, el: document.getElementById("live") });
 </script>"""
 
 
-def test_a_live_session_is_talked_to(site: Site) -> None:
+def test_a_live_session_is_talked_to(site: Site, folder: Path) -> None:
     """The same module with a real session behind it: only the wire of the notebook is missing."""
     recorders = [SessionRecorder(session(), "first", suggestions=["undo that"]), SessionRecorder(session(), "second")]
     widget = ConversationExplorer(recorders)
@@ -277,31 +248,10 @@ def test_a_live_session_is_talked_to(site: Site) -> None:
         widget.comm.handle_msg({"content": {"data": {"method": "custom", "content": message}}, "buffers": []})
         return list(changes)
 
-    (site.folder / "live.js").write_text(str(widget._esm), encoding="utf-8")
-    (site.folder / "live.html").write_text(f"{HEAD}<style>{widget._css}</style>{LIVE}", encoding="utf-8")
+    (folder / "live.js").write_text(str(widget._esm), encoding="utf-8")
+    (folder / "live.html").write_text(f"{HEAD}<style>{widget._css}</style>{LIVE}", encoding="utf-8")
     page = site.page()
     page.expose_function("kernel", kernel)
     page.goto(f"{site.address}/live.html")
-    live = page.locator(".nm-conversation")
-    expect(live.locator(".nm-badge")).to_have_text("live")
-    live.get_by_label("Say", exact=True).fill("make the square red")
-    live.get_by_label("Say", exact=True).press("Enter")
-    expect(live.locator(".nm-tree button")).to_have_text(["#1", "#2"])
-    expect(live.get_by_label("Say", exact=True)).to_have_value("")
-    live.get_by_role("button", name="Say it to the current picture").click()
-    expect(live.locator(".nm-error")).to_have_text("instruction '' has no words; say what to change")
-    live.get_by_label("Suggestions").select_option("undo that")
-    live.get_by_role("button", name="Say it to the current picture").click()
-    expect(live.locator(".nm-tree button")).to_have_count(3)
-    live.get_by_role("button", name="Undo", exact=True).click()
-    expect(live.locator(".nm-tree [aria-current=true]")).to_have_text("#2")
-    live.get_by_role("button", name="Picture #1").click()
-    live.get_by_label("Say", exact=True).fill("paint the ground dark")
-    live.get_by_role("button", name="Branch from #1").click()
-    expect(live.locator(".nm-tree [aria-current=true]")).to_have_text("#2b")
-    live.get_by_role("button", name="Picture #3").click()
-    live.get_by_role("button", name="Go to").click()
-    expect(live.locator(".nm-tree [aria-current=true]")).to_have_text("#3")
-    live.get_by_role("combobox", name="Conversation").select_option("second")
-    expect(live.locator(".nm-tree button")).to_have_count(1)
-    assert [len(recorder.session.tokens) for recorder in recorders] == [4, 1]
+    chromium.talk(page.locator(".nm-conversation"))
+    assert [len(recorder.session.tokens) for recorder in recorders] == [5, 1]

@@ -7,7 +7,7 @@ from nmlib import claims, config
 from nmlib.records import Record
 from nmlib.runtime import RunError
 
-PARAMS = config.load(SMOKE)
+PARAMS = config.load(SMOKE).model_copy(update={"meaningful": True})
 
 
 def record(id_: str, value: float, spread: float = 0.05) -> Record:
@@ -32,6 +32,23 @@ def test_a_changed_record_changes_its_verdict() -> None:
     for value, verdict in ((0.9, "reproduced"), (0.52, "trend only"), (0.3, "not reproduced")):
         page = claims.page(found | {id_: record(id_, value)}, PARAMS)
         assert verdicts(page)[place] == verdict and f"`{id_}` {value:.2f}" in page
+
+
+@pytest.mark.parametrize(
+    ("edits", "trained", "verdict"),
+    [(0.9, 0.1, "reproduced"), (0.8, 0.1, "reproduced"), (0.79, 0.1, "not reproduced"), (0.9, 0.7, "not reproduced")],
+)
+def test_a_bad_model_has_no_shortcut(edits: float, trained: float, verdict: str) -> None:
+    found = everything()
+    changed = {"edit.accuracy.markov_trained": edits, "rollback.accuracy.depth1.markov_trained": trained}
+    found |= {id_: record(id_, value) for id_, value in changed.items()}
+    assert verdicts(claims.page(found, PARAMS))[0] == verdict
+
+
+def test_params_that_mean_nothing_get_no_verdict() -> None:
+    page = claims.page(everything(), PARAMS.model_copy(update={"meaningful": False}))
+    assert set(verdicts(page)) == {"not measured at this size", "not tested"}
+    assert "0.50" not in page and "`params/smoke.yaml` is too small to judge `rollback.accuracy.depth1" in page
 
 
 @pytest.mark.parametrize("id_", sorted(everything()))

@@ -1,5 +1,6 @@
-"""Sphinx extension: ship MathJax with the pages, so that they ask no other host for anything."""
+"""Sphinx extension: ship MathJax with the pages, so that they ask no other host, and leave out unused icons."""
 
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,6 +8,32 @@ from typing import Any
 
 PACKAGE = "sphinx-mathjax-offline"
 NEEDED = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2")
+
+# An icon in the theme's script: its name, its size, other names, its code point and its outline.
+ICON = re.compile(r'"?([\w-]+)"?:\[\d+,\d+,\[([^\]]*)\],"[0-9a-f]+",(?:"[^"]*"|\[[^\]]*\])\],?')
+USED = re.compile(r"fa-([a-z0-9-]+)")
+
+
+def keep_used_icons(app: Any, error: Exception | None) -> None:
+    """Cut the theme's script of two thousand icons, the heaviest file of every page, down to those that pages name.
+
+    Args:
+        app: the Sphinx application.
+        error: what stopped the build, if anything did.
+    """
+    if error is not None or app.builder.format != "html":
+        return
+    folder = Path(app.outdir)
+    script = folder / "_static" / "scripts" / "fontawesome.js"
+    readers = [*folder.rglob("*.html"), *(path for path in (folder / "_static").glob("**/*.js") if path != script)]
+    used = {name for path in readers for name in USED.findall(path.read_text(encoding="utf-8"))}
+
+    def kept(icon: re.Match[str]) -> str:
+        names = {icon[1], *re.findall(r'"([\w-]+)"', icon[2])}
+        return icon[0] if names & used else ""
+
+    script.write_text(ICON.sub(kept, script.read_text(encoding="utf-8")), encoding="utf-8")
+    script.with_suffix(".js.map").unlink(missing_ok=True)
 
 
 def copy_mathjax(app: Any, error: Exception | None) -> None:
@@ -37,4 +64,5 @@ def copy_mathjax(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", keep_used_icons)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,5 +1,5 @@
 // The tree of a conversation. Live, the kernel answers; on a static page the recorded tree does.
-const CELL = 74, THUMB = 52, EDGE = 11;
+const CELL = 70, THUMB = 52, EDGE = 9;
 
 const pathOf = (nodes, id) => {
   const path = [];
@@ -71,8 +71,10 @@ function render({ model, el }) {
   };
   function ask(message) {
     if (model.get("busy")) return;
-    if (live()) model.send(message);
-    else answers[message.type](message);
+    if (!live()) return answers[message.type](message);
+    model.send(message);
+    note = "Waiting for the kernel …";
+    update();
   }
   function say() {
     const children = shown === null ? [] : state().nodes.filter((node) => node.parent === shown);
@@ -97,7 +99,7 @@ function render({ model, el }) {
   const goTo = button("go_to", "Go to", () => ask({ type: "go_to", id: shown }));
   const undo = button("undo", "Undo", () => ask({ type: "undo" }));
   const status = h("p", { class: "nm-status", role: "status", "aria-live": "polite" });
-  const root = h("div", { class: "nmlib-demo nm-conversation", role: "group", "aria-label": "Conversation explorer" },
+  const root = frame("conversation", "Conversation explorer",
     h("div", { class: "nm-head" }, conversations.field, badge),
     h("div", { class: "nm-body" },
       h("div", { class: "nm-left" }, large, attention, others),
@@ -191,8 +193,12 @@ function render({ model, el }) {
     if (moved) [shown, words.value, note] = [state().current, "", ""];
     update();
   }
+  function answered() {
+    note = "";
+    update();
+  }
   let count = state().nodes.length;
-  const events = { "change:data": heard, "change:chosen": heard, "change:busy": update, "change:message": update };
+  const events = { "change:data": heard, "change:chosen": heard, "change:busy": answered, "change:message": update };
   for (const [event, call] of Object.entries(events)) model.on(event, call);
   el.append(root);
   update();

@@ -34,7 +34,7 @@ function render({ model, el }) {
   const said = h("p", { class: "nm-status", "aria-live": "polite" });
   const pictures = h("div", { class: "nm-row nm-pictures" });
   const charts = h("div", { class: "nm-charts" });
-  const root = h("div", { class: "nmlib-demo nm-drift", role: "group", "aria-label": "Drift explorer" },
+  const root = frame("drift", "Drift explorer",
     h("div", { class: "nm-head" }, conversations.field, h("span", { class: "nm-badge", title: "No model runs here." }, "recorded")),
     h("div", { class: "nm-controls" }, player, slider, h("label", { class: "nm-check" }, differ, "differences to the truth, × 3")),
     said, pictures, charts);

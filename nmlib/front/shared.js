@@ -18,6 +18,21 @@ const picture = (uri, alt, attributes = {}) => h("img", { src: uri, alt, draggab
 const button = (key, label, onclick, attributes = {}) =>
   h("button", { type: "button", "data-key": key, onclick, ...attributes }, label);
 
+// The frame of an explorer. JupyterLab must not take its keys for shortcuts of the notebook.
+const frame = (name, label, ...children) => h("div", { class: `nmlib-demo nm-${name}`, role: "group",
+  "aria-label": label, "data-lm-suppress-shortcuts": "true" }, ...children);
+
+// One stop of the Tab key for a row of buttons; arrow keys, Home and End move the choice along it, and the focus too.
+function roving(group, count, chosen, choose) {
+  group.onkeydown = (event) => {
+    const to = { ArrowRight: chosen + 1, ArrowDown: chosen + 1, ArrowLeft: chosen - 1, ArrowUp: chosen - 1, Home: 0, End: count - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    choose((to + count) % count);
+    group.querySelector('[aria-pressed="true"]').focus();
+  };
+}
+
 // Draw anew and leave the keyboard where it was.
 function redraw(root, draw) {
   const active = root.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
