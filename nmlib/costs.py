@@ -29,9 +29,13 @@ def cell_table(run: Run) -> pd.DataFrame:
 
 
 def _cells(file: Path) -> list[tuple[str, int, str, float]]:
+    try:
+        notebook = nbformat.read(file, as_version=4)
+    except ValueError:  # a damaged one runs again, and says nothing until then
+        return []
     known: dict[str, str] = {}
     rows = []
-    for number, cell in enumerate(nbformat.read(file, as_version=4).cells, 1):
+    for number, cell in enumerate(notebook.cells, 1):
         seconds = cell.metadata.get("papermill", {}).get("duration")
         if cell.cell_type == "code" and seconds is not None:
             calls = ", ".join(library_calls(cell.source, known))

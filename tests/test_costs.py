@@ -35,6 +35,7 @@ def run(tmp_path: Path) -> Run:
         ],
     )
     write_chapter(opened, "04_more", [("q.probe_table()", 60.0)])
+    opened.path("chapters", "05_damaged.ipynb").write_text("no notebook")
     return opened
 
 
