@@ -154,7 +154,7 @@ def _attend(
     with warnings.catch_warnings():  # that it is slow without being compiled is known
         warnings.filterwarnings("ignore", "flex_attention called without", UserWarning)
         mixed = attend(query, key, value, block_mask=attention_mask, scale=scaling)
-    return mixed.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+    return mixed.transpose(1, 2).contiguous(), None
 
 
 def use_blocks(model: HistoryMLLM, layout: Packed) -> Layout:
