@@ -18,6 +18,7 @@ from nmlib.timing import Result
 
 WORKLOADS: dict[str, Callable[[Bench], None]] = {
     "training": workloads.training,
+    "packing": workloads.packing,
     "latency": workloads.latency,
     "recompute": workloads.recompute,
     "queries": workloads.queries,

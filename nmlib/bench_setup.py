@@ -1,5 +1,6 @@
 """What the workloads of the benchmark share: their sizes, fresh models, forced conversations, and where results go."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nmlib import curriculum, data, layout
-from nmlib.cache import PrefixCache
+from nmlib.answer import Choose
 from nmlib.chat import ChatSession, System
 from nmlib.config import Params
 from nmlib.conversation import Conversation, Edit, Round
@@ -33,6 +34,7 @@ class Sizes:
         pictures: drawn at once.
         growth: rounds whose cost is measured, counted from 1.
         forks: numbers of branches grown from one round.
+        mixed_rounds: lengths of the conversations that are packed together.
     """
 
     training_rounds: tuple[int, ...] = (8, 16)
@@ -45,14 +47,15 @@ class Sizes:
     pictures: int = 256
     growth: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     forks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    mixed_rounds: tuple[int, ...] = (6, 8, 12)
 
     @property
     def rounds(self) -> int:
         """Rounds that the model must count."""
-        return max(*self.training_rounds, self.late, self.depth + 2, *self.growth)
+        return max(*self.training_rounds, self.late, self.depth + 2, *self.growth, *self.mixed_rounds)
 
 
-QUICK = Sizes((3, 4), 2, 2, 5, 4, 3, 32, 8, (2, 4, 6), (1, 2, 3))
+QUICK = Sizes((3, 4), 2, 2, 5, 4, 3, 32, 8, (2, 4, 6), (1, 2, 3), (2, 3, 4))
 
 
 @dataclass
@@ -119,20 +122,25 @@ class Bench:
         return System(encoder, decoder, model, template, size)
 
     def session(self, system: System, rounds: int) -> ChatSession:
-        """A session that has so many pictures."""
+        """A session that has so many pictures, and whose replies are forced."""
         talk = self.talk(max(rounds, 2))
-
-        def speak(cache: PrefixCache, logits: Tensor, template: Template, index: int) -> list[str]:
-            ids = template.reply(talk_to(talk, index), index)
-            for word in ids:  # one forward pass a word, as in a reply that is not known before
-                cache.read_text([[word]], index)
-            return [str(template.tokenizer.decode(ids[:-1]))]
-
-        session = ChatSession(system, speak=speak)
+        session = ChatSession(system, choose=forced(talk, system.template))
         session.upload(torch.zeros(3, system.image_size, system.image_size))
         for item in talk.rounds[1:rounds]:
             session.say(item.instruction)
         return session
+
+
+def forced(talk: Conversation, template: Template) -> Choose:
+    """Choose the words of a conversation's replies, whatever the model would say: one after the other, as ever."""
+    replies: dict[int, list[int]] = {}
+
+    def choose(logits: Tensor, said: Sequence[Sequence[int]], index: int) -> list[int]:
+        if index not in replies:
+            replies[index] = template.reply(talk_to(talk, index), index)
+        return [replies[index][len(reply)] for reply in said]
+
+    return choose
 
 
 def talk_to(talk: Conversation, index: int) -> Conversation:

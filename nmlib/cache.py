@@ -2,24 +2,23 @@
 
 `TokenCache` keeps the *predicted* tokens of every picture exactly (paper: token-level caching); undo and branch
 move a pointer in its tree. `PrefixCache` keeps the keys and values of everything the model has read, so that a
-round costs its new tokens only; a fork shares all tensors with its origin until one of them writes.
+round costs its new tokens only; a fork shares all tensors with its origin until one of them writes. A forward pass
+of a few tokens costs nearly as much as one of many, so what nobody waits for is added and read in the next pass.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from nmlib import checkpoint
+from nmlib.growing_layer import GrowingLayer
 from nmlib.mllm import HistoryMLLM
-
-MIN_ROOM = 64  # tokens that a layer has room for beyond those it holds, when it moves
 
 
 class CacheError(KeyError):
@@ -140,39 +139,6 @@ class TokenCache:
         return cache
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer with room to grow, so that a new token is written and the old ones stay in place.
-
-    A copy made by `share` has the same memory. Whichever of the two writes first moves to memory of its own.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._room: tuple[Tensor, Tensor] | None = None  # (B, heads, capacity, D_head), None while it is shared
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, heads, t, D_head); returns all of them, (B, heads, L + t, D_head)."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        total = length + key_states.shape[-2]
-        if self._room is None or self._room[0].shape[-2] < total:
-            capacity = total + max(total // 2, MIN_ROOM)
-            rooms = [part.new_empty(*part.shape[:2], capacity, part.shape[3]) for part in (key_states, value_states)]
-            for room, kept in zip(rooms, (self.keys, self.values), strict=True):
-                if kept is not None and length:
-                    room[..., :length, :] = kept
-            self._room = (rooms[0], rooms[1])
-        self._room[0][..., length:total, :], self._room[1][..., length:total, :] = key_states, value_states
-        self.keys, self.values = (room[..., :total, :] for room in self._room)  # (B, heads, L + t, D_head)
-        return self.keys, self.values
-
-    def share(self) -> "GrowingLayer":
-        """A copy in the same memory, which from now on neither of the two writes to."""
-        self._room = None
-        return copy.copy(self)
-
-
 class PrefixCache:
     """Keys and values of a batch of histories; equal to recomputing them.
 
@@ -184,26 +150,34 @@ class PrefixCache:
 
     def __init__(self, model: HistoryMLLM, image_ids: Sequence[int], batch: int = 1) -> None:
         self.model, self.image_ids, self.batch = model, image_ids, batch
+        self.llm = model.base_llm
         self.device = next(model.parameters()).device
-        self.states: Any = DynamicCache(config=model.base_llm.config)
+        self.states: Any = DynamicCache(config=self.llm.config)
         self.states.layers = [GrowingLayer() for _ in self.states.layers]
         self.visible = torch.zeros(batch, 0, dtype=torch.bool, device=self.device)  # (B, L)
         self.position = torch.zeros(batch, dtype=torch.int64, device=self.device)  # (B,)
+        self.padded = False
+        self.unread: list[Unread] = []
         self.images: dict[int, Tensor] = {}  # round -> embedded history block (B, N, D)
         self.ends: list[End] = []
 
     def fork(self) -> "PrefixCache":
         """A second history that shares every tensor with this one and grows on its own."""
         other = copy.copy(self)
-        other.images, other.ends = dict(self.images), list(self.ends)
+        other.images, other.ends, other.unread = dict(self.images), list(self.ends), list(self.unread)
         other.states = copy.copy(self.states)
         other.states.layers = [layer.share() for layer in self.states.layers]
         return other
 
     @property
     def length(self) -> int:
-        """Tokens read, padding included."""
+        """Tokens of the history, padding and what was not read yet included."""
         return self.visible.shape[1]
+
+    @property
+    def length_read(self) -> int:
+        """Tokens whose keys and values are there."""
+        return int(self.states.get_seq_length())
 
     def end_round(self, node: int) -> None:
         """Note that the round of a node ends here, so that `segment` and `back_to` can find it."""
@@ -211,11 +185,19 @@ class PrefixCache:
 
     def back_to(self, rounds: int) -> None:
         """Forget all that was read after the end of so many rounds; what remains stays where it is."""
-        start = self.ends[rounds - 1] if rounds else End(-1, 0, torch.zeros_like(self.position))
-        self.states.crop(start.length - self.length)
-        self.visible, self.position = self.visible[:, : start.length], start.position  # (B, L), (B,)
+        self.cut(self.length - (self.ends[rounds - 1].length if rounds else 0))
         self.images = {index: image for index, image in self.images.items() if index < rounds}
         self.ends = self.ends[:rounds]
+
+    def cut(self, count: int) -> None:
+        """Forget the last tokens: any number of those that were read, of the others whole texts and pictures."""
+        kept = self.length - count
+        self.position = self.position - self.visible[:, kept:].sum(1)
+        self.visible = self.visible[:, :kept]  # (B, L - count)
+        while self.unread and count:
+            count -= self.unread.pop().embeds.shape[1]
+        if count:
+            self.states.crop(-count)
 
     def segment(self, index: int) -> "Segment":
         """A copy of what the round of that index added."""
@@ -234,63 +216,118 @@ class PrefixCache:
 
     def extend(self, nodes: Sequence[int], segments: Sequence["Segment"]) -> None:
         """Append the rounds of nodes that were read before, in the order of their branch."""
+        self.settle()
         for number, layer in enumerate(self.states.layers):
             keys, values = torch.cat([part.states[number] for part in segments], dim=3)  # (B, heads, t, D_head)
             layer.update(keys, values)
         for node, part in zip(nodes, segments, strict=True):
             self.visible = torch.cat([self.visible, part.visible], dim=1)  # (B, L + t)
+            self.padded |= not bool(part.visible.all())
             self.position, self.images[len(self.ends)] = part.position, part.image
             self.end_round(node)
 
-    @torch.no_grad()
-    def read(self, embeds: Tensor, valid: Tensor, keep: bool) -> Tensor:
-        """Run embeddings after the history; texts and pictures are read through this.
+    def add(self, embeds: Tensor, valid: Tensor | None = None) -> None:
+        """Append embeddings, to be read in the forward pass of what comes next: a pass costs more than its tokens.
 
         Args:
             embeds: (B, t, D).
-            valid: (B, t) False on padding.
+            valid: (B, t) False on padding; None where there is none.
+        """
+        self.padded |= valid is not None
+        seen = torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device) if valid is None else valid  # (B, t)
+        positions = (self.position[:, None] + seen.cumsum(1) - 1).clamp_min(0)  # (B, t)
+        self.unread.append(Unread(embeds, positions))
+        self.visible = torch.cat([self.visible, seen], dim=1)  # (B, L + t)
+        self.position = self.position + seen.sum(1)
+
+    def _mask(self, count: int) -> Tensor:
+        """Who sees whom: (B, 1, t, L), the last t tokens all that is visible up to them, and each itself."""
+        before = self.length - count
+        mask = torch.ones(count, self.length, dtype=torch.bool, device=self.device).tril(before)  # (t, L)
+        if not self.padded:
+            return mask.expand(self.batch, 1, -1, -1)  # (B, 1, t, L)
+        itself = mask ^ mask.tril(before - 1)  # (t, L)
+        return ((mask & self.visible[:, None, :]) | itself)[:, None]  # (B, 1, t, L)
+
+    @torch.no_grad()
+    def settle(self) -> Tensor | None:
+        """Read what was added, in one forward pass; returns its hidden states (B, t, D), None where nothing was."""
+        if not self.unread:
+            return None
+        embeds, positions = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))  # (B, t, D), (B, t)
+        self.unread = []
+        return self.llm.model(
+            inputs_embeds=embeds,
+            attention_mask=self._mask(embeds.shape[1]),
+            position_ids=positions,
+            past_key_values=self.states,
+            use_cache=True,
+        ).last_hidden_state  # (B, t, D)
+
+    def read(self, embeds: Tensor, valid: Tensor | None, keep: bool) -> Tensor:
+        """Run embeddings after the history, in one forward pass with what was added before them.
+
+        Args:
+            embeds: (B, t, D).
+            valid: (B, t) False on padding; None where there is none.
             keep: whether they become part of the history.
 
         Returns:
             Hidden states (B, t, D).
         """
         count = embeds.shape[1]
-        position_ids = (self.position[:, None] + valid.cumsum(1) - 1).clamp_min(0)  # (B, t)
-        causal = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
-        fresh = (causal & valid[:, None, :]) | torch.eye(count, dtype=torch.bool, device=self.device)  # (B, t, t)
-        past = self.visible[:, None, :].expand(-1, count, -1)  # (B, t, L)
-        hidden_states = self.model.base_llm.model(
-            inputs_embeds=embeds,
-            attention_mask=torch.cat([past, fresh], dim=2)[:, None],  # (B, 1, t, L + t)
-            position_ids=position_ids,
-            past_key_values=self.states,
-            use_cache=True,
-        ).last_hidden_state  # (B, t, D)
-        if keep:
-            self.visible = torch.cat([self.visible, valid], dim=1)  # (B, L + t)
-            self.position = self.position + valid.sum(1)
-        else:
-            self.states.crop(-count)
-        return hidden_states
+        self.add(embeds, valid)
+        hidden_states = self.settle()
+        assert hidden_states is not None
+        if not keep:
+            self.cut(count)
+        return hidden_states[:, hidden_states.shape[1] - count :]  # (B, t, D)
 
+    @torch.no_grad()
+    def _embed_text(self, ids: Sequence[Sequence[int]], index: int) -> tuple[Tensor, Tensor | None, list[int]]:
+        """Embeddings (B, t, D) of texts of any lengths, where they are valid (B, t), and the lengths."""
+        lengths = [len(row) for row in ids]
+        longest = max(lengths)
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)  # (B, t)
+        embeds = self.model.embed_text(padded, torch.full_like(padded, index))  # (B, t, D)
+        if min(lengths) == longest:
+            return embeds, None, lengths
+        places = torch.arange(longest, device=self.device)
+        return embeds, places < torch.tensor(lengths, device=self.device)[:, None], lengths
+
+    def add_text(self, ids: Sequence[Sequence[int]], index: int) -> None:
+        """Append texts of any lengths in round `index`, one a history, to be read with what comes next."""
+        embeds, valid, _ = self._embed_text(ids, index)
+        self.add(embeds, valid)
+
+    @torch.no_grad()
     def read_text(self, ids: Sequence[Sequence[int]], index: int) -> Tensor:
         """Append texts of any lengths in round `index`, one a history; returns the logits (B, V) after each."""
-        longest = max(len(row) for row in ids)
-        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)  # (B, t)
-        lengths = torch.tensor([len(row) for row in ids], device=self.device)
-        valid = torch.arange(longest, device=self.device) < lengths[:, None]  # (B, t)
-        embeds = self.model.embed_text(padded, torch.full_like(padded, index))  # (B, t, D)
+        embeds, valid, lengths = self._embed_text(ids, index)
         hidden_states = self.read(embeds, valid, keep=True)
-        last = hidden_states[torch.arange(len(ids)), (lengths - 1).clamp_min(0)]  # (B, D)
-        return self.model.base_llm.lm_head(last)  # (B, V)
+        last = hidden_states[torch.arange(len(ids)), [max(length - 1, 0) for length in lengths]]  # (B, D)
+        return self.llm.lm_head(last)  # (B, V)
+
+    @torch.no_grad()
+    def add_images(self, features: Tensor, index: int) -> None:
+        """Append the history block of round `index`, to be read with what comes next: features (B, N, D_feature)."""
+        rounds = torch.full((len(features),), index, device=self.device)
+        self.images[index] = self.model.embed_images(features.to(self.device), rounds)  # (B, N, D)
+        self.add(self.images[index])
 
     def read_images(self, features: Tensor, index: int) -> None:
         """Append the history block of round `index`: features (B, N, D_feature)."""
-        with torch.no_grad():
-            rounds = torch.full((len(features),), index, device=self.device)
-            embeds = self.model.embed_images(features.to(self.device), rounds)  # (B, N, D)
-        self.images[index] = embeds
-        self.read(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device), keep=True)
+        self.add_images(features, index)
+        self.settle()
+
+    def _embed_queries(self, bases: Sequence[int | None] | None) -> Tensor:
+        """Embeddings (B, N, D) of a query block for each history, each started from the round that its reply names."""
+        ids = torch.tensor(self.image_ids, device=self.device).expand(self.batch, -1)  # (B, N)
+        named = [-1 if base is None else base for base in bases or [None] * self.batch]
+        rows = [row for row, base in enumerate(named) if base >= 0]
+        images = torch.stack([self.images[named[row]][row] for row in rows]) if rows else ids.new_zeros(0)  # (C, N, D)
+        blocks = [rows.index(row) if base >= 0 else -1 for row, base in enumerate(named)]
+        return self.model.embed_queries(ids, images, torch.tensor(blocks, device=self.device))  # (B, N, D)
 
     @torch.no_grad()
     def query(self, bases: Sequence[int | None] | None = None) -> Tensor:
@@ -299,14 +336,33 @@ class PrefixCache:
         Args:
             bases: for each history, the round that its reply says it starts from; by default none says any.
         """
-        ids = torch.tensor(self.image_ids, device=self.device).expand(self.batch, -1)  # (B, N)
-        named = [-1 if base is None else base for base in bases or [None] * self.batch]
-        rows = [row for row, base in enumerate(named) if base >= 0]
-        images = torch.stack([self.images[named[row]][row] for row in rows]) if rows else ids.new_zeros(0)  # (C, N, D)
-        blocks = [rows.index(row) if base >= 0 else -1 for row, base in enumerate(named)]
-        embeds = self.model.embed_queries(ids, images, torch.tensor(blocks, device=self.device))  # (B, N, D)
-        hidden_states = self.read(embeds, torch.ones_like(ids, dtype=torch.bool), keep=False)
+        hidden_states = self.read(self._embed_queries(bases), None, keep=False)  # (B, N, D)
         return self.model.output_resampler(hidden_states).float()  # (B, N, D_feature)
+
+    @torch.no_grad()
+    def read_and_query(self, ids: Sequence[int], index: int, base: int | None) -> tuple[Tensor, Tensor]:
+        """Append a text to a single history and predict the picture after it, in one forward pass.
+
+        Args:
+            ids: words of round `index`.
+            index: the round.
+            base: the round that the reply says it starts from.
+
+        Returns:
+            The picture (1, N, D_feature), and the logits (t, V) after every word.
+        """
+        words, queries = self._embed_text([ids], index)[0], self._embed_queries([base])  # (1, t, D), (1, N, D)
+        hidden_states = self.read(torch.cat([words, queries], dim=1), None, keep=True)  # (1, t + N, D)
+        self.cut(queries.shape[1])
+        images = self.model.output_resampler(hidden_states[:, len(ids) :]).float()  # (1, N, D_feature)
+        return images, self.llm.lm_head(hidden_states[0, : len(ids)])  # (t, V)
+
+
+class Unread(NamedTuple):
+    """Embeddings (B, t, D) that wait for the next forward pass, and their positions (B, t)."""
+
+    embeds: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from nmlib import phrases
+from nmlib.answer import Choose, answer
 from nmlib.cache import CacheError, Node, PrefixCache, TokenCache
 from nmlib.conversation import PICTURE_ERRORS, Conversation, ConversationError, Round, from_picture, to_picture
 from nmlib.detokenizer import Detokenizer
@@ -24,7 +25,6 @@ from nmlib.vision import VisionTransformer
 
 Policy = Literal["tokens", "prefix", "reencode", "oracle"]
 POLICIES: tuple[Policy, ...] = ("reencode", "tokens", "prefix", "oracle")
-MAX_REPLY = 16
 
 
 @dataclass(frozen=True)
@@ -46,41 +46,6 @@ class System:
     def decode(self, tokens: Tensor, seed: int = 0) -> Tensor:
         """Features (B, N, D_feature) to pictures (B, 3, H, W) in [0, 1]."""
         return torch.cat([self.detokenizer.decode(part, seed=seed) for part in tokens.split(256)])
-
-
-def greedy_reply(cache: PrefixCache, logits: Tensor, template: Template, index: int) -> list[str]:
-    """Let the model speak until it opens an image, which is forced after a few words.
-
-    Args:
-        cache: histories that end in `[/INST]`; they are extended by the reply and `<img>`.
-        logits: (B, V) after the last token.
-        template: knows the special tokens.
-        index: the round.
-
-    Returns:
-        The replies as text, without `<img>`.
-    """
-    banned = torch.tensor([*template.image_ids, template.eoi, int(template.tokenizer.pad_token_id)])
-    replies: list[list[int]] = [[] for _ in range(cache.batch)]
-    open_ = [True] * cache.batch
-    for _ in range(MAX_REPLY):
-        scores = logits.clone()
-        scores[:, banned] = -torch.inf
-        words = scores.argmax(1).tolist()
-        open_ = [is_open and word != template.boi for is_open, word in zip(open_, words, strict=True)]
-        if not any(open_):
-            break
-        fresh = [[word] if is_open else [] for word, is_open in zip(words, open_, strict=True)]
-        for reply, word in zip(replies, fresh, strict=True):
-            reply += word
-        step = cache.read_text(fresh, index)
-        keep = torch.tensor(open_, device=logits.device)[:, None]
-        logits = torch.where(keep, step, logits)
-    cache.read_text([[template.boi]] * cache.batch, index)
-    return [str(template.tokenizer.decode(reply)) for reply in replies]
-
-
-Speaker = Callable[[PrefixCache, Tensor, Template, int], list[str]]
 
 
 class Rollout(NamedTuple):
@@ -130,17 +95,18 @@ def rollout(
         if recompute:
             cache = PrefixCache(model, template.image_ids, len(conversations))
             for earlier in range(index):
-                cache.read_text([template.prompt(conversation, earlier) for conversation in conversations], earlier)
+                cache.add_text([template.prompt(conversation, earlier) for conversation in conversations], earlier)
                 if not _is_upload(conversations, earlier):
-                    cache.read_text([template.encode(f"{reply} {BOI}") for reply in replies[earlier]], earlier)
+                    cache.add_text([template.encode(f"{reply} {BOI}") for reply in replies[earlier]], earlier)
                 _close_round(cache, template, conversations, remembered[:, earlier], earlier)
-        logits = cache.read_text([template.prompt(conversation, index) for conversation in conversations], index)
+        prompts = [template.prompt(conversation, index) for conversation in conversations]
         if _is_upload(conversations, index):
+            cache.add_text(prompts, index)
             replies.append([""] * len(conversations))
         else:
-            replies.append(greedy_reply(cache, logits, template, index))
-            predictions[:, index] = cache.query([phrases.base_of_response(reply, index) for reply in replies[-1]])
-            own = predictions[:, index]
+            said, own = answer(cache, cache.read_text(prompts, index), template, index)
+            replies.append(said)
+            predictions[:, index] = own
             remembered[:, index] = own if history is None else history(own, features[:, index])
         if index < length - 1:
             _close_round(cache, template, conversations, remembered[:, index], index)
@@ -157,8 +123,8 @@ def _is_upload(conversations: Sequence[Conversation], index: int) -> bool:
 def _close_round(
     cache: PrefixCache, template: Template, conversations: Sequence[Conversation], tokens: Tensor, index: int
 ) -> None:
-    cache.read_images(tokens, index)
-    cache.read_text([template.closing(conversation, index) for conversation in conversations], index)
+    cache.add_images(tokens, index)
+    cache.add_text([template.closing(conversation, index) for conversation in conversations], index)
 
 
 def history_policy(system: System, policy: Policy) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -183,11 +149,11 @@ class ChatSession:
         system: encoder, model and detokenizer.
         seed: of the detokenizer's noise.
         max_bytes: largest size of the keys and values that are kept, see `PrefixTree`.
-        speak: says a reply, as `greedy_reply` does, which is the default.
+        choose: picks the words of replies; the likeliest by default.
     """
 
-    def __init__(self, system: System, seed: int = 0, max_bytes: int = MAX_BYTES, speak: Speaker | None = None) -> None:
-        self.system, self.seed, self._speak = system, seed, speak
+    def __init__(self, system: System, seed: int = 0, max_bytes: int = MAX_BYTES, choose: Choose | None = None) -> None:
+        self.system, self.seed, self._choose = system, seed, choose
         self.tokens = TokenCache()
         self.prefixes = PrefixTree(lambda: PrefixCache(system.model, system.template.image_ids), max_bytes)
 
@@ -242,9 +208,8 @@ class ChatSession:
         cache = self.prefix()
         conversation = self._conversation([*self.tokens.path(), Node(-1, None, kind, text, "", None, self.seed)])
         logits = cache.read_text([self.system.template.prompt(conversation, index)], index)
-        response = (self._speak or greedy_reply)(cache, logits, self.system.template, index)[0]
-        features = cache.query([phrases.base_of_response(response, index)])[0]  # (N, D_feature)
-        return self._remember(features, kind, text, response, self._base(response), cache)
+        [response], features = answer(cache, logits, self.system.template, index, self._choose)
+        return self._remember(features[0], kind, text, response, self._base(response), cache)
 
     def _base(self, response: str) -> int | None:
         path = self.tokens.path() if self.tokens.current is not None else []
@@ -270,18 +235,18 @@ class ChatSession:
     def _close(self, cache: PrefixCache, index: int) -> None:
         """Add the history block of the node at `index` of the current path to a cache."""
         path = self.tokens.path()
-        cache.read_images(self.tokens.tokens(path[index].id)[None], index)
-        cache.read_text([self.system.template.closing(self._conversation(path), index)], index)
+        cache.add_images(self.tokens.tokens(path[index].id)[None], index)
+        cache.add_text([self.system.template.closing(self._conversation(path), index)], index)
 
     def prefix(self) -> PrefixCache:
-        """The history up to the current node, of which only what is not stored is read; good until the next call."""
+        """The history up to the current node, good until the next call; what is not stored is read with what comes."""
         path = self.tokens.path() if self.tokens.current is not None else []
         cache, known = self.prefixes.resume([node.id for node in path])
         for index in range(known, len(path)):
             conversation = self._conversation(path[: index + 1])
-            cache.read_text([self.system.template.prompt(conversation, index)], index)
+            cache.add_text([self.system.template.prompt(conversation, index)], index)
             if path[index].kind != "upload":
-                cache.read_text([self.system.template.encode(f"{path[index].response} {BOI}")], index)
+                cache.add_text([self.system.template.encode(f"{path[index].response} {BOI}")], index)
             self._close(cache, index)
             self.prefixes.keep(path[index].id, cache)
         return cache

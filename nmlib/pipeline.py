@@ -22,7 +22,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from nmlib import runtime
+from nmlib import costs, runtime
 from nmlib.records import read_records, write_record
 from nmlib.runtime import Run, RunError
 from nmlib.steps import State, Step, in_order, read_step, snapshot
@@ -235,6 +235,8 @@ def run_notebooks(
             run.log("notebook", name=step.name, reason=reason, minutes=cost.minutes, memory_gb=cost.memory_gb)
             terminal.finish(cost.minutes, cost.memory_gb)
             ran.append(step.name)
+    if ran:
+        costs.save(run)
     _record_costs(run, state, steps)
     return ran
 

@@ -16,6 +16,9 @@ class PrefixTree:
     the rounds it does not share. When the rounds are larger than `max_bytes`, the leaf that was used least recently
     goes first. What has gone is read again when it is needed: eviction changes speed only.
 
+    A round is stored once its picture was read, which happens in the forward pass of what is said next; one that
+    nobody went on from is not stored unless `settle` is called.
+
     Args:
         empty: makes a cache in which nothing was read.
         max_bytes: largest size of the stored rounds; the working copy comes on top.
@@ -55,17 +58,28 @@ class PrefixTree:
         return cache, max(shared, stored)
 
     def keep(self, node: int, cache: PrefixCache) -> None:
-        """Store the round that was read last.
+        """Note that a round ends here, and store all rounds of the working copy that were read.
 
         Args:
             node: the round's.
-            cache: the working copy, as `resume` gave it, with that round and its picture read.
+            cache: the working copy, as `resume` gave it, with that round and its picture in it.
         """
         cache.end_round(node)
+        self._store(cache)
+
+    def settle(self) -> None:
+        """Read and store what the working copy has not read yet, as one may while nobody waits."""
+        if self._working is not None:
+            self._working.settle()
+            self._store(self._working)
+
+    def _store(self, cache: PrefixCache) -> None:
+        read = cache.length_read
         for index, end in enumerate(cache.ends):
-            if end.node not in self.segments:
-                self.segments[end.node] = cache.segment(index)
-            self.segments.move_to_end(end.node)
+            if end.length <= read:
+                if end.node not in self.segments:
+                    self.segments[end.node] = cache.segment(index)
+                self.segments.move_to_end(end.node)
         while self.nbytes > self.max_bytes:
             parents = {segment.parent for segment in self.segments.values()}
             del self.segments[next(key for key in self.segments if key not in parents)]

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from nmlib import data
-from nmlib.bench_setup import Bench, talk_to, tokens_of
+from nmlib.answer import answer
+from nmlib.bench_setup import Bench, forced, talk_to, tokens_of
 from nmlib.cache import PrefixCache
 from nmlib.chat import ChatSession, System
 from nmlib.config import SeedXConfig, SourceConfig
 from nmlib.conversation import Conversation
 from nmlib.layout import Layout
 from nmlib.mllm import HistoryMLLM
+from nmlib.packing import buckets, pack
 from nmlib.timing import Result, Task, exponent, summary
 
 SOURCE_DRAWS = 7
@@ -68,19 +70,44 @@ def learn(model: HistoryMLLM, batches: Sequence[Layout], features: Tensor) -> Ca
     return step
 
 
+def packing(bench: Bench) -> None:
+    """Forward and backward pass of conversations of several lengths: padded, in batches of like length, and packed."""
+    model, template = bench.model()
+    talks = [bench.talk(rounds) for rounds in bench.sizes.mixed_rounds] * bench.sizes.conversations
+    features = torch.randn(len(talks), max(bench.sizes.mixed_rounds), template.tokens_per_image, model.feature_dim)
+    rows = [len(template.packed_row(talk).ids) for talk in talks]
+    padded, packed = template.packed(talks), pack(template, talks, max(rows) + min(rows))
+    alike = [
+        template.packed([talks[place] for place in batch]) for batch in buckets(rows, padded.input_ids.numel() // 3)
+    ]
+    found = bench.measure(
+        padded=Task(learn(model, [padded], features)),
+        buckets=Task(learn(model, alike, features)),
+        packed=Task(learn(model, [packed], features)),
+    )
+    limit = padded.input_ids.numel() / tokens_of(padded)
+    lengths = ", ".join(map(str, bench.sizes.mixed_rounds))
+    for name, way in (("packed", "in shared sequences"), ("buckets", "in batches of like length")):
+        meaning = f"conversations of {lengths} rounds, padded over {way}; limit: ratio of tokens"
+        bench.ratio(f"packing.{name}", found["padded"], found[name], limit, meaning)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # rounds
 
 
 def say(session: ChatSession, index: int) -> Task:
-    """A new round of that index; before it the session stands, ready, at the picture before."""
+    """A new round of that index; before it the picture before was just made, and nothing more was read."""
     path = session.tokens.path()
+    words = path[1].instruction
 
     def prepare() -> None:
-        session.go_to(path[index - 1].id)
-        session.prefix()
+        if index < 2:
+            session.go_to(path[0].id)
+        else:
+            session.branch(path[index - 2].id, words)
 
-    return Task(lambda: session.say(path[1].instruction), prepare)
+    return Task(lambda: session.say(words), prepare)
 
 
 def latency(bench: Bench) -> None:
@@ -97,6 +124,8 @@ def latency(bench: Bench) -> None:
 class Recompute:
     """A round without memory: stored pictures are encoded again, and the whole history is read again in one pass.
 
+    The answer saves the same forward passes as with memory.
+
     Args:
         system: of the session.
         talk: the conversation.
@@ -107,22 +136,22 @@ class Recompute:
         self.system, self.talk, self.index = system, talk_to(talk, index), index
         template = system.template
         self.batch = template.prefix([self.talk], [index])
-        self.reply = template.reply(self.talk, index)
-        self.start = self.batch.input_ids.shape[1] - template.tokens_per_image - len(self.reply)
+        reply = template.reply(self.talk, index)
+        self.start = self.batch.input_ids.shape[1] - template.tokens_per_image - len(reply)
+        self.choose = forced(self.talk, template)
 
     def answer(self, features: Tensor) -> Tensor:
         """Tokens (1, N, D_feature) of the round's picture, from features (R, N, D_feature) of those before."""
         model, template = self.system.model, self.system.template
         embeds = model.embed(self.batch, features)[:, : self.start]  # (1, T, D)
         cache = PrefixCache(model, template.image_ids)
-        cache.read(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool), keep=True)
+        hidden_states = cache.read(embeds, None, keep=True)  # (1, T, D)
         base = self.talk.rounds[self.index].base
         if base is not None:
             rounds = torch.tensor([base])
             cache.images[base] = model.embed_images(features[[base]], rounds)  # (1, N, D)
-        for word in self.reply:
-            cache.read_text([[word]], self.index)
-        return cache.query([base])
+        logits = model.base_llm.lm_head(hidden_states[:, -1])  # (1, V)
+        return answer(cache, logits, template, self.index, self.choose).images
 
     def task(self, pictures: Tensor) -> Task:
         """Everything that the round costs, from stored pictures (R, 3, H, W) to the new one, uint8."""
@@ -186,10 +215,9 @@ def queries(bench: Bench) -> None:
 def one_by_one(cache: PrefixCache) -> Tensor:
     """What `query` gives (B, N, D_feature), with a forward pass for each query token; the history stays as it was."""
     fork, model = cache.fork(), cache.model
-    valid = torch.ones(cache.batch, 1, dtype=torch.bool)
     ids = torch.tensor(cache.image_ids).expand(cache.batch, -1)  # (B, N)
     embeds = model.embed_queries(ids, ids.new_zeros(0), ids.new_full((cache.batch,), -1))  # (B, N, D)
-    hidden_states = torch.cat([fork.read(part, valid, keep=True) for part in embeds.split(1, dim=1)], dim=1)
+    hidden_states = torch.cat([fork.read(part, None, keep=True) for part in embeds.split(1, dim=1)], dim=1)
     return model.output_resampler(hidden_states).float()  # (B, N, D_feature)
 
 
@@ -207,8 +235,12 @@ def undo(bench: Bench) -> None:
         session.go_to(id_)
         session.prefix()
 
+    def forward() -> None:
+        stand(path[-1].id)
+        session.prefixes.settle()
+
     def back(steps: int) -> Task:
-        return Task(lambda: stand(path[-1 - steps].id), lambda: stand(path[-1].id))
+        return Task(lambda: stand(path[-1 - steps].id), forward)
 
     def say_after_undo() -> None:
         stand(path[-2].id)
@@ -236,8 +268,10 @@ def memory(bench: Bench) -> None:
     """Bytes of a branch, counted, against those of its own new tokens; and of a round at the sizes of SEED-X."""
     system, depth = bench.system(), bench.sizes.depth
     session = bench.session(system, depth)
+    session.prefixes.settle()
     node, before = session.tokens.path()[-2], session.prefixes.nbytes
     made = session.branch(node.id, node.instruction)
+    session.prefixes.settle()
     branch = session.prefixes.nbytes - before
     tokens = session.prefixes.segments[made.id].states.shape[4]
     own, whole = (
@@ -291,15 +325,17 @@ def growth(bench: Bench) -> None:
 
 
 def forks(bench: Bench, system: System) -> None:
-    """Grow branches of one round each from a picture; time and bytes of all of them."""
+    """Grow branches of one round each from a picture, their pictures read as well; time and bytes of all of them."""
     rows = []
     for count in bench.sizes.forks:
         session = bench.session(system, bench.sizes.depth)
+        session.prefixes.settle()
         root, before = session.current, session.prefixes.nbytes
 
         def grow(session: ChatSession = session, root: int = root.id, count: int = count) -> None:
             for _ in range(count):
                 session.branch(root, "make it so")
+                session.prefixes.settle()
 
         found = bench.measure(grow=Task(grow))["grow"]
         grown = (session.prefixes.nbytes - before) / (bench.repeats + bench.warmup)

@@ -59,6 +59,8 @@ def test_limits_in_the_report(report: bench.Report) -> None:
         prefix = sum(upload + before * edit + 16 for before in range(rounds - 1))
         packed = upload + 16 * (rounds - 1) + 5 * (rounds - 2)
         assert report.result(f"training.ratio{rounds}").limit == pytest.approx(prefix / packed)
+    each = [upload + 16 * (rounds - 1) + 5 * (rounds - 2) for rounds in QUICK.mixed_rounds]
+    assert report.result("packing.packed").limit == pytest.approx(3 * max(each) / sum(each))
     late = QUICK.late
     assert report.result("recompute.ratio").limit == pytest.approx((upload + edit * (late - 2) + 16) / 16)
     assert report.result("queries.ratio").limit == QUICK.queries

@@ -103,6 +103,48 @@ def test_query_leaves_the_history_as_it_was() -> None:
     assert torch.equal(cache.query(), first)
 
 
+def test_what_is_added_is_read_in_the_pass_of_what_comes_next() -> None:
+    """Texts of unequal length and pictures, added or read one by one: the same history, in one pass."""
+    texts = [[TEMPLATE.encode("<s> [INST] undo"), TEMPLATE.encode("<s> [INST] make the square red")]] * 2
+    features, caches = random_features(2, 2), [PrefixCache(MODEL, TEMPLATE.image_ids, 2) for _ in range(2)]
+    passes: list[int] = []
+    hook = MODEL.base_llm.model.register_forward_hook(lambda *_: passes.append(1))
+    logits = []
+    for cache, at_once in zip(caches, (False, True), strict=True):
+        for index in range(2):
+            (cache.add_text if at_once else cache.read_text)(texts[index], index)
+            (cache.add_images if at_once else cache.read_images)(features[:, index], index)
+        logits.append(cache.read_text(texts[0], 2))
+    hook.remove()
+    assert len(passes) == 5 + 1
+    assert caches[0].length == caches[1].length == caches[1].length_read
+    assert torch.equal(caches[0].visible, caches[1].visible) and torch.equal(caches[0].position, caches[1].position)
+    torch.testing.assert_close(logits[1], logits[0], **CLOSE)
+    torch.testing.assert_close(caches[1].query([0, None]), caches[0].query([0, None]), **CLOSE)
+
+
+def test_what_was_not_read_yet_is_forked_asked_and_forgotten_alike() -> None:
+    cache, read = (PrefixCache(MODEL, TEMPLATE.image_ids) for _ in range(2))
+    for each in (cache, read):
+        each.read_text([TEMPLATE.encode("<s> [INST] undo [/INST]")], 0)
+        each.add_images(random_features(1, 1)[0], 0)
+        each.end_round(0)
+    read.settle()
+    fork, short = cache.fork(), cache.fork()
+    assert cache.length == read.length == 4 + TOKENS and cache.length_read == 4 and fork.length_read == 4
+    torch.testing.assert_close(cache.query(), read.query(), **CLOSE)
+    assert cache.length_read == 4 + TOKENS and fork.length_read == 4, "a fork reads on its own"
+    fork.add_text([TEMPLATE.encode("make the square red")], 1)
+    fork.back_to(1)
+    torch.testing.assert_close(fork.query(), read.query(), **CLOSE)
+    short.cut(TOKENS)
+    assert short.length == short.length_read == 4 and short.position.tolist() == [4] and not short.unread
+    fork.cut(TOKENS + 1)
+    assert fork.length == fork.length_read == 3 and fork.position.tolist() == [3]
+    fork.read_text([TEMPLATE.encode("[/INST]")], 0)
+    torch.testing.assert_close(fork.query(), short.query(), **CLOSE)
+
+
 def test_an_empty_history_can_be_asked() -> None:
     cache = PrefixCache(MODEL, TEMPLATE.image_ids)
     assert torch.equal(cache.query(), cache.query())

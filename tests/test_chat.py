@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 from toy import FEATURES, MAX_ROUNDS, SOURCE, TOKENS, conversations, draw, raised, random_features, random_tree, system
 
-from nmlib import chat
+from nmlib import answer as answering
+from nmlib.answer import MAX_REPLY, Choose, answer, foresee
 from nmlib.cache import CacheError, PrefixCache, TokenCache
-from nmlib.chat import MAX_REPLY, ChatSession, greedy_reply, history_policy, rollout
+from nmlib.chat import ChatSession, history_policy, rollout
 from nmlib.conversation import Conversation, ConversationError, from_picture, to_picture
-from nmlib.layout import BOI, Template
+from nmlib.layout import BOI
 
 SYSTEM = system()
 MODEL, TEMPLATE = SYSTEM.model, SYSTEM.template
@@ -48,25 +49,58 @@ class Script:
         self.read: list[list[int]] = [[] for _ in range(self.batch)]
         self.step = 0
 
-    def read_text(self, ids: Sequence[Sequence[int]], index: int) -> Tensor:
+    def add_text(self, ids: Sequence[Sequence[int]], index: int) -> None:
         assert index == 1
         assert max(len(row) for row in ids) > 0, "nothing is read"
         for read, row in zip(self.read, ids, strict=True):
             read += row
+
+    def read_text(self, ids: Sequence[Sequence[int]], index: int) -> Tensor:
+        self.add_text(ids, index)
         self.step += 1
-        return self.logits[min(self.step, len(self.logits) - 1)]
+        return self.logits[self.step]
+
+    def read_and_query(self, ids: Sequence[int], index: int, base: int | None) -> tuple[Tensor, Tensor]:
+        self.add_text([ids], index)
+        self.step += len(ids)
+        return self.query([base]), self.logits[self.step - len(ids) + 1 : self.step + 1, 0]
+
+    def cut(self, count: int) -> None:
+        self.step -= count
+        del self.read[0][-count:]
+
+    def query(self, bases: Sequence[int | None]) -> Tensor:
+        assert len(bases) == self.batch
+        return torch.zeros(self.batch, TOKENS, FEATURES)
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), eager=st.sampled_from([0.0, 1.0, 3.0]), rows=st.sampled_from([1, 3]))
-def test_a_reply_has_no_banned_word_and_ends_in_an_image(seed: int, eager: float, rows: int) -> None:
-    logits = torch.randn(MAX_REPLY + 2, rows, WORDS, generator=torch.Generator().manual_seed(seed))
-    logits[:, :, BANNED] += 5.0  # what is banned is what the model would like to say
+def word_by_word(logits: Tensor) -> list[int]:
+    """The words of one row, each the likeliest that may be said."""
+    allowed, words = logits.clone(), list[int]()
+    allowed[:, BANNED] = -torch.inf
+    while len(words) < MAX_REPLY and int(allowed[len(words)].argmax()) != TEMPLATE.boi:
+        words.append(int(allowed[len(words)].argmax()))
+    return words
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    eager=st.sampled_from([0.0, 1.0, 3.0]),
+    rows=st.sampled_from([1, 3]),
+    grounded=st.sampled_from([0.0, 2.0, 4.0]),
+)
+def test_a_reply_has_no_banned_word_and_ends_in_an_image(seed: int, eager: float, rows: int, grounded: float) -> None:
+    """Also where it names a picture, so that its end is foreseen, rightly or wrongly."""
+    logits = torch.randn(MAX_REPLY + 4, rows, WORDS, generator=torch.Generator().manual_seed(seed))
+    logits[:, :, BANNED] += 9.0  # what is banned is what the model would like to say
     logits[:, :, TEMPLATE.boi] += eager
+    for place, word in enumerate(["#1", "to", "#2"] * 6):
+        logits[place, :, TEMPLATE.word_id(word)] += grounded
     script = Script(logits)
-    replies = greedy_reply(script, logits[0], TEMPLATE, 1)  # type: ignore[arg-type]
-    for read, reply in zip(script.read, replies, strict=True):
-        assert read == [*TEMPLATE.encode(reply), TEMPLATE.boi]
+    replies = answer(script, logits[0], TEMPLATE, 1).replies  # type: ignore[arg-type]
+    for row, (read, reply) in enumerate(zip(script.read, replies, strict=True)):
+        assert read == [*TEMPLATE.encode(reply), TEMPLATE.boi] == [*word_by_word(logits[:, row]), TEMPLATE.boi]
         assert len(read) <= MAX_REPLY + 1 and read.count(TEMPLATE.boi) == 1
         assert not set(read) & set(BANNED)
 
@@ -80,17 +114,87 @@ def test_rows_that_are_done_wait_for_the_others() -> None:
             logits[step, row, TEMPLATE.word_id(words[min(step, len(words) - 1)])] = 9.0
     logits[1:, 0, TEMPLATE.word_id("red")] = 99.0  # what comes after its image must not matter
     script = Script(logits)
-    assert greedy_reply(script, logits[0], TEMPLATE, 1) == ["", "#1 to #2"]  # type: ignore[arg-type]
+    assert answer(script, logits[0], TEMPLATE, 1).replies == ["", "#1 to #2"]  # type: ignore[arg-type]
     assert script.read[0] == [TEMPLATE.boi]
+
+
+def saying(words: str) -> Choose:
+    """Say the same words in every round, whatever the model would say."""
+    ids = TEMPLATE.encode(f"{words} {BOI}")
+    return lambda logits, said, index: [ids[len(reply)] for reply in said]
+
+
+def test_what_can_be_foreseen_by_hand() -> None:
+    def words(said: str, index: int) -> str:
+        return str(TEMPLATE.tokenizer.decode(foresee(TEMPLATE, TEMPLATE.encode(said), index)))
+
+    assert words("red square #2", 3) == "to #4 <img>" and words("#1", 1) == "to #2 <img>"
+    assert words("red square", 3) == words("red square #4", 3) == words("#2 to", 3) == ""
+    assert (
+        words("red " * (MAX_REPLY - 3) + "#1", 1) == "to #2 <img>" and words("red " * (MAX_REPLY - 2) + "#1", 1) == ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("reply", "passes"),
+    [
+        ("red square #2 to #3", 3),  # red, square, all the rest
+        ("#2 to #3", 1),
+        ("red", 2),  # red, <img> with the queries
+        ("", 1),
+        ("#2 then red square to #3", 7),  # #2 and more than was said, then one by one
+        ("#2 to #3 red", 3),
+        ("#2 to #1 to #3", 2),
+        ("#2", 2),
+    ],
+)
+def test_foreseeing_saves_passes_and_changes_nothing(reply: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, caches, answers, counts = random_features(1, 2), [], [], []
+    calls: list[int] = []
+    hook = MODEL.base_llm.model.register_forward_hook(lambda *_: calls.append(1))
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(answering, "foresee", lambda *_: [])
+        cache = PrefixCache(MODEL, TEMPLATE.image_ids)
+        for index in range(2):
+            cache.add_text([TEMPLATE.encode("[INST] #1 <img>")], index)
+            cache.add_images(told[:, index], index)
+        logits = cache.read_text([TEMPLATE.encode("[INST] make the square red [/INST]")], 2)
+        calls.clear()
+        answers.append(answer(cache, logits, TEMPLATE, 2, saying(reply)))
+        caches.append(cache)
+        counts.append(len(calls))
+    hook.remove()
+    assert counts == [passes, len(reply.split()) + 1]
+    assert answers[0].replies == answers[1].replies == [reply]
+    torch.testing.assert_close(answers[0].images, answers[1].images, **CLOSE)
+    assert caches[0].length == caches[1].length and caches[0].position.tolist() == caches[1].position.tolist()
+    torch.testing.assert_close(caches[0].query([1]), caches[1].query([1]), **CLOSE)
+
+
+def test_a_round_takes_a_pass_for_every_surprise() -> None:
+    """The picture before and the instruction in one; `red`; `square`; the end of the reply with the queries."""
+    talk = ChatSession(SYSTEM, choose=saying("red square #1 to #2"))
+    talk.upload(picture())
+    calls: list[int] = []
+    hook = MODEL.base_llm.model.register_forward_hook(lambda *_: calls.append(1))
+    talk.say("make the square red")
+    assert len(calls) == 4
+    talk.undo()
+    assert len(calls) == 4
+    talk.say("make the square red")
+    assert len(calls) == 8
+    hook.remove()
 
 
 def test_the_history_holds_the_reply_that_was_said() -> None:
     prompt = TEMPLATE.encode("<s> [INST] make the square red [/INST]")
     spoken = PrefixCache(MODEL, TEMPLATE.image_ids)
-    reply = greedy_reply(spoken, spoken.read_text([prompt], 1), TEMPLATE, 1)[0]
+    [reply], images = answer(spoken, spoken.read_text([prompt], 1), TEMPLATE, 1)
     read = PrefixCache(MODEL, TEMPLATE.image_ids)
     read.read_text([[*prompt, *TEMPLATE.encode(f"{reply} {BOI}")]], 1)
     torch.testing.assert_close(spoken.query(), read.query(), **CLOSE)
+    torch.testing.assert_close(images, read.query(), **CLOSE)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,12 +211,12 @@ def test_recomputing_changes_nothing(uploads: bool) -> None:
 
 
 def test_recomputing_changes_nothing_where_a_reply_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    def terse(cache: PrefixCache, logits: Tensor, template: Template, index: int) -> list[str]:
-        replies = ["", *["#1 to #2"] * (cache.batch - 1)]
-        cache.read_text([template.encode(f"{reply} {BOI}") for reply in replies], index)
-        return replies
+    def terse(logits: Tensor, said: Sequence[Sequence[int]], index: int) -> list[int]:
+        texts = ["", *["#1 to #2"] * (len(said) - 1)]
+        words = [[*TEMPLATE.encode(text), TEMPLATE.boi] for text in texts]
+        return [ids[min(len(reply), len(ids) - 1)] for ids, reply in zip(words, said, strict=True)]
 
-    monkeypatch.setattr(chat, "greedy_reply", terse)
+    monkeypatch.setattr(answering, "likeliest", lambda template: terse)
     told, features = batch()
     cached, again = (rollout(MODEL, TEMPLATE, told, features, recompute=flag) for flag in (False, True))
     torch.testing.assert_close(again.predictions, cached.predictions, **CLOSE)
@@ -256,11 +360,7 @@ def test_a_stored_session_goes_on_as_if_it_had_never_ended(tmp_path: Path) -> No
 
 def test_the_base_is_the_node_that_the_model_names(monkeypatch: pytest.MonkeyPatch) -> None:
     def says(reply: str) -> None:
-        def scripted(cache: PrefixCache, logits: Tensor, template: Template, index: int) -> list[str]:
-            cache.read_text([template.encode(f"{reply} {BOI}")], index)
-            return [reply]
-
-        monkeypatch.setattr(chat, "greedy_reply", scripted)
+        monkeypatch.setattr(answering, "likeliest", lambda template: saying(reply))
 
     talk = session("make the square red", "paint the ground dark")
     talk.go_to(0)

@@ -70,6 +70,18 @@ def test_guidance_of_one_never_asks_the_null(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(module.decode(TOKENS_OF_FIVE), plain), "the settings' own scale is 1"
 
 
+def test_conditioning_once_a_picture_equals_conditioning_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of steps, tokens and null are conditioned on once; a network told anew each time agrees."""
+    module, asked = detokenizer(), []
+    real, predict = module.condition, module.predict
+    monkeypatch.setattr(module, "condition", lambda tokens: asked.append(tokens) or real(tokens))
+    once = module.decode(TOKENS_OF_FIVE, steps=8, guidance_scale=1)
+    module.decode(TOKENS_OF_FIVE, steps=8, guidance_scale=2.0)
+    assert len(asked) == 1 + 2
+    monkeypatch.setattr(module, "predict", lambda noisy, time, *_: predict(noisy, time, *real(TOKENS_OF_FIVE)))
+    assert torch.equal(module.decode(TOKENS_OF_FIVE, steps=8, guidance_scale=1), once)
+
+
 def test_guidance_of_zero_is_the_null_alone() -> None:
     module = detokenizer()
     unguided = module.decode(module.null.detach().expand(5, -1, -1), guidance_scale=1)

@@ -14,6 +14,7 @@ LAYERS = (
     (
         "checkpoint",
         "conversation",
+        "costs",
         "face_region",
         "folder_clips",
         "names",
@@ -57,11 +58,11 @@ LAYERS = (
         "vision",
     ),
     ("seedx_adapter", "seedx_files", "seedx_vision"),
-    ("cache", "mllm", "prefix_tree"),
+    ("answer", "cache", "growing_layer", "mllm", "prefix_tree"),
     ("seedx",),
     ("plan", "seedx_checkpoint", "seedx_generate", "seedx_inspect", "seedx_layout"),
-    ("codec", "curriculum", "judges", "train"),
-    ("bench_setup", "chat", "experiments", "metrics", "people_experiments", "quality", "workloads"),
+    ("codec", "curriculum", "judges", "packing", "train"),
+    ("bench_setup", "chat", "experiments", "few_steps", "metrics", "people_experiments", "quality", "workloads"),
     (
         "__main__",
         "bench",

@@ -181,3 +181,24 @@ def test_padding_and_batches_survive_the_tree() -> None:
     assert known == 2 and again is not cache
     assert again.position.tolist() == [2 * (3 + TOKENS), 2 * (6 + TOKENS)]
     torch.testing.assert_close(again.query(), expected, **CLOSE)
+
+
+def test_a_round_is_stored_when_its_picture_was_read_and_comes_back_equal_before(tmp_path: Path) -> None:
+    """Nothing is read before it is needed: a round that nobody went on from is read again with what follows it."""
+    talk = session()
+    first = talk.say(SAID[0])
+    assert set(talk.prefixes.segments) == {0}, "its own picture was read by nobody yet"
+    talk.say(SAID[1])
+    assert set(talk.prefixes.segments) == {0, 1}
+    talk.branch(0, SAID[2])
+    talk.go_to(first.id)
+    assert set(talk.prefixes.segments) == {0, 1}
+    talk.go_to(2)
+    after = talk.say(SAID[3])
+    other = recomputed(talk, tmp_path)
+    torch.testing.assert_close(talk.tokens.tokens(after.id), other.tokens.tokens(other.current.id), **CLOSE)
+    assert set(talk.prefixes.segments) == {0, 1, 2}
+    talk.prefixes.settle()
+    assert set(talk.prefixes.segments) == {0, 1, 2, after.id}
+    talk.prefixes.settle()
+    PrefixTree(empty).settle()
