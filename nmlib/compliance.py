@@ -122,9 +122,10 @@ def contrastive_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def choice_loss(logits: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Cross-entropy of finding each attribute's value among all its values.
+    """Cross-entropy of finding each attribute's value among all its values, summed over attributes.
 
-    A batch seldom holds two pictures that differ in a small feature alone; without this, those are learned last.
+    A batch seldom holds two pictures that differ in a small feature alone; without this, those are learned last. A
+    mean would leave a small feature a sixth of a loss of which colours take the rest.
 
     Args:
         logits: (B, V), picture by text of one value, attribute after attribute.
@@ -132,7 +133,7 @@ def choice_loss(logits: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
         sizes: number of values of each of the A attributes, V in all.
     """
     parts = zip(logits.split(list(sizes), dim=1), values.T, strict=True)  # A x (B, size), (B,)
-    return torch.stack([F.cross_entropy(part, right) for part, right in parts]).mean()
+    return torch.stack([F.cross_entropy(part, right) for part, right in parts]).sum()
 
 
 class ClipTrainer(nn.Module):
