@@ -1,5 +1,6 @@
 """The detokenizer on people: what it learns from, what each step starts with, and a tiny run to its records."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_faces_are_in_every_view_but_far_away(monkeypatch: pytest.MonkeyPatch) -
 def test_each_step_goes_on_from_the_one_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without steps to take, the weights of a step are those of the one before; with them they are not."""
     files = [checkpoint.load(run.path(f"{name}.safetensors")) for name in detokenizer_tuning.STEPS.values()]
-    for (before, _), (after, _) in zip(files, files[1:], strict=False):
+    for (before, _), (after, _) in pairwise(files):
         assert any(not torch.equal(before[name], after[name]) for name in before)
     assert len({metadata["key"] for _, metadata in files}) == 3
     started = []
