@@ -42,7 +42,8 @@ class ComplianceError(ValueError):
 class ClipLosses(NamedTuple):
     """`total` adds `contrast`, pictures and texts of a batch, `choice`, one value against the others, and `read`.
 
-    `read` is the same choice, made by a linear reader of all patches instead of by texts. `accuracy` is the share of texts that score highest with a picture of which they are true.
+    `read` is the same choice, made by a linear reader of all patches instead of by texts. `accuracy` is the share of
+    texts that score highest with a picture of which they are true.
     """
 
     total: Tensor
