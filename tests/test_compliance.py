@@ -202,7 +202,7 @@ def test_attributes_are_tried_one_by_one() -> None:
         def score(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:  # type: ignore[override]
             pixels, found = images.flatten(2), []  # (B, 3, H*W)
             for picture, text in zip(pixels, texts, strict=True):
-                shown = [name for name, rgb in COLOURS.items() if bool((picture.T == torch.tensor(rgb)).all(1).any())]
+                shown = [name for name, rgb in COLOURS.items() if bool((torch.tensor(rgb) == picture.T).all(1).any())]
                 said = [name for name in COLOURS if name in text.split()]
                 found.append(float(said == shown) if said else 0.5)
             return torch.tensor(found)
