@@ -186,7 +186,7 @@ def train_words(run: Run, size: ModelSize, name: str) -> tuple[HistoryMLLM, Temp
             return {"words": batches.word_batch(params, stage, template, step, params.seed + 7)}
 
         module = WordTrainer(model)
-        history = train.run_training(run, result, module, batch_at, stage.optim, params.seed, used)  # type: ignore[arg-type]
+        history = train.run_training(run, result, module, batch_at, stage.optim, params.seed, used)
         train.finish(run, result, model.state_dict(), {"history": history, "key": key})
     return checkpoint.freeze(model, checkpoint.load(path)[0], path), template
 

@@ -106,7 +106,7 @@ def _name(tool: object) -> str:
     return getattr(tool, "__name__", type(tool).__name__)
 
 
-def _refuse_if_blind(faces: Sequence[Tensor], name: str) -> None:
+def _refuse_if_blind(faces: list[Tensor], name: str) -> None:
     """Raise ClipError if the middles (E,) of several clips are one and the same: no identity switch could be found."""
     if len(faces) < BLIND_CLIPS:
         return
