@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 SPLIT_PARTS = 8  # one clip in so many is held out
+BLIND_CLIPS = 3  # so many kept clips whose faces all lie within
+BLIND_DISTANCE = 0.05  # of one another were looked at by something that cannot tell people apart
 
 
 class TooManyRejected(ClipError):
@@ -73,8 +75,9 @@ def build_clips(
         The manifest; `save_manifest` stores it.
 
     Raises:
-        ClipError: no paths, two clips of one name, no unit vectors, or more than `settings.max_rejected` of the clips
-            rejected; the last one has the manifest as its attribute `manifest`.
+        ClipError: no paths, two clips of one name, no unit vectors, an embedder for which all clips show one face, or
+            more than `settings.max_rejected` of the clips rejected; the last one has the manifest as its attribute
+            `manifest`.
     """
     names = [Path(path).stem if Path(path).is_file() else Path(path).name for path in paths]
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -82,10 +85,12 @@ def build_clips(
         raise ClipError(
             f"two clips are named {twice[0]!r}; rename one" if twice else "no clips; give at least one path"
         )
-    clips = tuple(
+    looked = [
         _build_clip(name, Path(path).absolute(), settings, detector, embedder)
         for name, path in progress(list(zip(names, paths, strict=True)), desc="clips")
-    )
+    ]
+    clips = tuple(row for row, _ in looked)
+    _refuse_if_blind([face for row, face in looked if row.kept and face is not None], _name(embedder))
     manifest = Manifest(
         settings=settings,
         detector=_name(detector),
@@ -99,6 +104,18 @@ def build_clips(
 
 def _name(tool: object) -> str:
     return getattr(tool, "__name__", type(tool).__name__)
+
+
+def _refuse_if_blind(faces: list[Tensor], name: str) -> None:
+    """Raise ClipError if the middles (E,) of several clips are one and the same: no identity switch could be found."""
+    if len(faces) < BLIND_CLIPS:
+        return
+    farthest = float(torch.cdist(torch.stack(faces), torch.stack(faces)).max())
+    if farthest < BLIND_DISTANCE:
+        raise ClipError(
+            f"{name}: the faces of {len(faces)} clips are at most {farthest:.3f} apart: this is no face embedder, "
+            "or it scales its own input; check it on known pairs (`check`)"
+        )
 
 
 def _refuse_if_most_failed(manifest: Manifest) -> Manifest:
@@ -118,15 +135,16 @@ def _listed(counts: dict[str, int]) -> str:
 
 def _build_clip(
     name: str, path: Path, settings: ClipConfig, detector: Detector, embedder: Callable[[Tensor], Tensor]
-) -> ClipRow:
+) -> tuple[ClipRow, Tensor | None]:
+    """The row of a clip, and its medoid as a unit vector (E,), where there is one."""
     try:
         frames = _read(path, settings)
         looks = [_look(frame, settings, detector) for frame in frames]
     except ClipError as error:
-        return ClipRow(name=name, path=str(path), reason="unreadable", detail=str(error), frames=())
-    looks = _without_switches(_without_duplicates(looks, settings), settings, embedder)
+        return ClipRow(name=name, path=str(path), reason="unreadable", detail=str(error), frames=()), None
+    looks, middle = _without_switches(_without_duplicates(looks, settings), settings, embedder)
     kept = sum(look.row.kept for look in looks)
-    return ClipRow(
+    row = ClipRow(
         name=name,
         path=str(path),
         reason=None if kept >= settings.min_frames else "too few frames",
@@ -134,6 +152,7 @@ def _build_clip(
         threshold=settings.min_frames,
         frames=tuple(look.row for look in looks),
     )
+    return row, middle
 
 
 def _read(path: Path, settings: ClipConfig) -> Iterator[Frame]:
@@ -178,11 +197,13 @@ def _difference(face: Tensor | None, other: Tensor | None) -> float:
     return float((face.float() - other.float()).abs().mean() / 255)
 
 
-def _without_switches(looks: list[_Look], settings: ClipConfig, embedder: Callable[[Tensor], Tensor]) -> list[_Look]:
-    """Leave out faces far from the medoid, and note the distance of the others."""
+def _without_switches(
+    looks: list[_Look], settings: ClipConfig, embedder: Callable[[Tensor], Tensor]
+) -> tuple[list[_Look], Tensor | None]:
+    """Leave out faces far from the medoid, and note the distance of the others; the medoid (E,) comes with them."""
     places = [(index, look.face) for index, look in enumerate(looks) if look.face is not None]
     if not places:
-        return looks
+        return looks, None
     vectors = _embedded(torch.stack([face for _, face in places]), embedder)  # (F, E)
     distances = (vectors[:, None] - vectors[None]).norm(dim=-1)  # (F, F)
     medoid = int(distances.sum(1).argmin())
@@ -194,7 +215,7 @@ def _without_switches(looks: list[_Look], settings: ClipConfig, embedder: Callab
         else:
             row = looks[index].row.model_copy(update={"measured": distance, "threshold": limit})
             result[index] = _Look(row, looks[index].face)
-    return result
+    return result, vectors[medoid]
 
 
 def _embedded(faces: Tensor, embedder: Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,6 +3,8 @@
 Their code and settings are apart from those of the stages, so that a change there trains nothing here again.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,11 +57,11 @@ def load_encoder(run: Run) -> VisionTransformer:
     return checkpoint.freeze(encoder, tensors, path)
 
 
-def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> History:
-    """Train the DiT to reconstruct pictures from their tokens; writes `detokenizer.safetensors`."""
-    params, optim, key = run.params, run.params.detokenizer.optim, _key(run, run.params.detokenizer)
-    if (made := train.made(run.path("detokenizer.safetensors"), key)) is not None:
-        return made
+def detokenizer_training(
+    run: Run, source: Source, encoder: VisionTransformer
+) -> tuple[Detokenizer, Callable[[int], dict[str, Tensor]]]:
+    """A fresh detokenizer of a run, and what it learns from at each step: pictures with their tokens."""
+    params = run.params
     torch.manual_seed(params.seed)
     module = Detokenizer(
         params.detokenizer, params.source.image_size, params.tokens_per_image, params.vision.feature_dim
@@ -67,10 +69,19 @@ def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> H
 
     def batch_at(step: int) -> dict[str, Tensor]:
         generator = data.step_generator(params.seed + 2, step)
-        _, _, images = data.training_pictures(params, source, optim.batch_size, generator)
+        _, _, images = data.training_pictures(params, source, params.detokenizer.optim.batch_size, generator)
         with torch.no_grad():
             return {"tokens": encoder(images), "images": images}
 
+    return module, batch_at
+
+
+def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> History:
+    """Train the DiT to reconstruct pictures from their tokens; writes `detokenizer.safetensors`."""
+    params, optim, key = run.params, run.params.detokenizer.optim, _key(run, run.params.detokenizer)
+    if (made := train.made(run.path("detokenizer.safetensors"), key)) is not None:
+        return made
+    module, batch_at = detokenizer_training(run, source, encoder)
     settings = (params.source, params.vision, params.detokenizer)
     history = train.run_training(run, "detokenizer", module, batch_at, optim, params.seed, settings)
     metadata = {
@@ -85,9 +96,9 @@ def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> H
     return history
 
 
-def load_detokenizer(run: Run) -> Detokenizer:
-    """The trained detokenizer of a run."""
-    path = run.path("detokenizer.safetensors")
+def load_detokenizer(run: Run, name: str = "detokenizer") -> Detokenizer:
+    """The trained detokenizer of a run, or another one that was stored under a name of its own."""
+    path = run.path(f"{name}.safetensors")
     tensors, metadata = checkpoint.load(path)
     settings = DetokenizerConfig.model_validate_json(checkpoint.as_json(metadata["settings"]))
     module = Detokenizer(settings, metadata["image_size"], metadata["tokens"], metadata["feature_dim"])

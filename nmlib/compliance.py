@@ -40,14 +40,16 @@ class ComplianceError(ValueError):
 
 
 class ClipLosses(NamedTuple):
-    """`total` adds `contrast`, pictures and texts of a batch, and `choice`, one value against the others.
+    """`total` adds `contrast`, pictures and texts of a batch, `choice`, one value against the others, and `read`.
 
-    `accuracy` is the share of texts that score highest with a picture of which they are true.
+    `read` is the same choice, made by a linear reader of all patches instead of by texts. `accuracy` is the share of
+    texts that score highest with a picture of which they are true.
     """
 
     total: Tensor
     contrast: Tensor
     choice: Tensor
+    read: Tensor
     accuracy: Tensor
 
 
@@ -122,9 +124,10 @@ def contrastive_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def choice_loss(logits: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Cross-entropy of finding each attribute's value among all its values.
+    """Cross-entropy of finding each attribute's value among all its values, summed over attributes.
 
-    A batch seldom holds two pictures that differ in a small feature alone; without this, those are learned last.
+    A batch seldom holds two pictures that differ in a small feature alone; without this, those are learned last. A
+    mean would leave a small feature a sixth of a loss of which colours take the rest.
 
     Args:
         logits: (B, V), picture by text of one value, attribute after attribute.
@@ -132,11 +135,14 @@ def choice_loss(logits: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
         sizes: number of values of each of the A attributes, V in all.
     """
     parts = zip(logits.split(list(sizes), dim=1), values.T, strict=True)  # A x (B, size), (B,)
-    return torch.stack([F.cross_entropy(part, right) for part, right in parts]).mean()
+    return torch.stack([F.cross_entropy(part, right) for part, right in parts]).sum()
 
 
 class ClipTrainer(nn.Module):
     """A small CLIP with its loss.
+
+    A CLIP sums a picture up in one vector that at first is the average of its patches, in which a mouth is lost. While
+    it trains, a linear reader of all patches, each at its place, makes them tell every attribute; it is not kept.
 
     Args:
         settings: sizes.
@@ -149,6 +155,8 @@ class ClipTrainer(nn.Module):
         self.clip = new_clip(settings, self.tokenizer, source.image_size)
         self.image_size = source.image_size
         self.sizes = [len(source.attributes[place].values) for place in prompts.visible(source)]
+        patches = (source.image_size // settings.patch_size) ** 2
+        self.reader = nn.Linear((1 + patches) * settings.width, sum(self.sizes))
 
     def forward(
         self, images: Tensor, texts: Mapping[str, Tensor], truth: Tensor, choices: Mapping[str, Tensor], values: Tensor
@@ -163,12 +171,14 @@ class ClipTrainer(nn.Module):
             values: (B, A) states in the attributes that show.
         """
         scale = self.clip.logit_scale.exp().clamp(max=MAX_SCALE)
-        pictures = _unit(self.clip.get_image_features(images * 2 - 1))  # (B, E)
+        seen = self.clip.get_image_features(images * 2 - 1)
+        pictures, patches = _unit(seen), seen.last_hidden_state.flatten(1)  # (B, E), (B, (1 + P) * D)
         logits = scale * (_unit(self.clip.get_text_features(**texts)) @ pictures.T)  # (B, B)
         against = scale * (pictures @ _unit(self.clip.get_text_features(**choices)).T)  # (B, V)
         contrast, choice = contrastive_loss(logits, truth), choice_loss(against, values, self.sizes)
+        read = choice_loss(self.reader(patches), values, self.sizes)
         best = truth.gather(1, logits.argmax(1, keepdim=True))  # (B, 1)
-        return ClipLosses(contrast + choice, contrast, choice, best.float().mean())
+        return ClipLosses(contrast + choice + read, contrast, choice, read, best.float().mean())
 
     def batch(self, source: Source, count: int, generator: Generator, rng: random.Random) -> dict[str, Any]:
         """What `forward` takes: `count` pictures of training subjects with training texts, in pairs of near twins.

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from nmlib.extra_settings import BreaksConfig, FullBodyConfig, ModelSize, TuningConfig
 from nmlib.settings import (
     ClipConfig,
     ClipModelConfig,
@@ -31,13 +32,16 @@ from nmlib.settings import (
 )
 
 __all__ = [
+    "BreaksConfig",
     "ClipConfig",
     "ClipModelConfig",
     "DataConfig",
     "DetokenizerConfig",
     "ExperimentsConfig",
+    "FullBodyConfig",
     "IdentityConfig",
     "ModelConfig",
+    "ModelSize",
     "OptimConfig",
     "PeopleConfig",
     "SeedXConfig",
@@ -45,6 +49,7 @@ __all__ = [
     "Settings",
     "SourceConfig",
     "StageConfig",
+    "TuningConfig",
     "VisionConfig",
 ]
 
@@ -71,6 +76,8 @@ class Params(Settings):
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     experiments: ExperimentsConfig
+    tuning: TuningConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    breaks: BreaksConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     seedx: SeedXConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
@@ -100,6 +107,8 @@ class Params(Settings):
         lengths += [length for part in self.people.values() for length in part.rounds]
         longest = max([*lengths, self.experiments.drift_rounds])
         longest = max(longest, max(self.experiments.depths) + 2)
+        if self.breaks is not None:
+            longest = max(longest, self.breaks.drift_rounds, *self.breaks.rounds)
         if longest > self.model.max_rounds:
             raise ValueError(
                 f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds"
@@ -119,7 +128,18 @@ class Params(Settings):
                 there = sorted([*self.data, *self.people])
                 raise ValueError(f"stages: {stage.name!r} reads data {unknown}; `data:` and `people:` define {there}")
             seen.add(stage.name)
+        self._extras_fit(seen)
         return self
+
+    def _extras_fit(self, stages: set[str]) -> None:
+        """Raise ValueError unless what optional blocks refer to is there."""
+        if self.tuning is not None and (self.tuning.stage not in stages or self.tuning.data not in self.people):
+            raise ValueError(
+                f"tuning: stage {self.tuning.stage!r} and data {self.tuning.data!r}; "
+                f"expected one of `stages:` {sorted(stages)} and one of `people:` {sorted(self.people)}"
+            )
+        if self.breaks is not None and not {"markov", "rollback"} <= stages:
+            raise ValueError(f"breaks: compares the stages 'markov' and 'rollback'; `stages:` are {sorted(stages)}")
 
     def _people_fit(self) -> None:
         """Raise ValueError unless data sets about people have a world of people and names of their own."""

@@ -216,12 +216,43 @@ def clip_card(scorer: ClipScorer, source: Source, count: int = 512) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
+def clip_attributes(scorer: ClipScorer, source: Source, count: int = 512, seed: int = SEED + 4) -> pd.DataFrame:
+    """Which attributes the CLIP reads: right texts against the same with this one attribute changed.
+
+    Args:
+        scorer: the CLIP.
+        source: draws held-out subjects; its phrases are the texts.
+        count: pictures; an attribute is tried on those whose text names it.
+        seed: of pictures and texts.
+
+    Returns:
+        One row for each attribute that a picture shows, with its `auroc` and the number `n` of pictures.
+    """
+    pairs, rows = known_pairs(source, count, seed), []
+    for place in prompts.visible(source):
+        rng, picked = random.Random(seed + 1), pairs.named[:, place]  # (B,)
+        values, named = pairs.values[picked], pairs.named[picked]  # (b, A)
+        where = torch.zeros_like(named)
+        where[:, place] = True
+        wrong = prompts.describe(rng, source, prompts.change(rng, source, values, where), named, "any")
+        right = [text for text, chosen in zip(pairs.right_texts, picked.tolist(), strict=True) if chosen]
+        auroc = scorer.auroc(pairs.images[picked], right, wrong)
+        rows.append({"attribute": source.attributes[place].name, "auroc": auroc, "n": len(right)})
+    return pd.DataFrame(rows)
+
+
 def clip_table(run: Run, source: Source, scorer: ClipScorer, count: int = 512) -> pd.DataFrame:
-    """`clip_card`; the AUROC of right texts against those with one attribute changed becomes a record."""
+    """`clip_card`; the AUROC of right texts against those with one attribute changed becomes a record.
+
+    So does that of each attribute alone, see `clip_attributes`.
+    """
     count = count if run.params.meaningful else count // 16
     pairs = known_pairs(source, count)
     auroc = scorer.auroc(pairs.images, pairs.right_texts, pairs.wrong_texts)
     write_record(run, "metric.clip.auroc", auroc, n=count, unit="share", modules=MODULES)
+    for row in clip_attributes(scorer, source, count).to_dict("records"):
+        id_ = f"metric.clip.auroc.{row['attribute']}"
+        write_record(run, id_, row["auroc"], n=row["n"], unit="share", modules=MODULES)
     return clip_card(scorer, source, count)
 
 

@@ -164,6 +164,21 @@ def test_names_must_differ_and_embedders_give_unit_vectors(tmp_path: Path) -> No
         assert text.endswith("for 3 faces; expected a unit vector for each")
 
 
+def test_an_embedder_for_which_all_people_are_one_is_refused(tmp_path: Path) -> None:
+    """Red, blue and green clips: fine for an embedder that reads hue, refused for one whose pairs all score near 1."""
+    greens = [colour(0, level, 0) for level in (90, 150, 210)]
+    people = {"anna": REDS, "ben": BLUES, "carl": greens}
+    paths = [clip(tmp_path / name, *pictures) for name, pictures in people.items()]
+
+    def blind(images: Tensor) -> Tensor:
+        return nn.functional.normalize(hue(images) + 100.0, dim=1)
+
+    assert build(*paths).clip_counts == {"kept": 3}
+    text = raised(lambda: build_clips(paths, SETTINGS, WholePicture(), blind), ClipError)
+    assert text.startswith("blind: the faces of 3 clips are at most 0.0") and "this is no face embedder" in text
+    assert build_clips(paths[:2], SETTINGS, WholePicture(), blind).clip_counts == {"kept": 2}, "two may be one person"
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from([*REDS, *BLUES, colour(152, 0, 0), grey(0, 2, 2)]), min_size=1, max_size=9))
 def test_any_clip_is_sorted_without_contradiction(tmp_path_factory: pytest.TempPathFactory, pictures: list) -> None:

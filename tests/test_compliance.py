@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from toy import SOURCE, Trained, open_run, raised
+from toy import COLOURS, SOURCE, Trained, open_run, raised
 from transformers import BertConfig
 
 from nmlib import compliance, data, judges, metrics, prompts, quality
@@ -77,12 +77,12 @@ def test_false_negatives_have_no_gradient() -> None:
 
 
 def test_the_choice_loss_by_hand() -> None:
-    """Two attributes of 3 and 2 values: the mean over attributes of the mean over pictures."""
+    """Two attributes of 3 and 2 values: the sum over attributes of the mean over pictures."""
     logits = torch.tensor([[1.0, 0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     first = (math.log(math.e + 2) - 1 + math.log(3)) / 2
     second = (math.log(math.e**2 + 1) - 0 + math.log(2)) / 2
     found = compliance.choice_loss(logits, torch.tensor([[0, 1], [2, 0]]), [3, 2])
-    assert found.item() == pytest.approx((first + second) / 2, abs=1e-6)
+    assert found.item() == pytest.approx(first + second, abs=1e-6)
 
 
 def test_a_batch_is_pairs_of_near_twins() -> None:
@@ -113,7 +113,7 @@ def test_the_losses_of_a_batch_are_those_of_the_saved_scores(folder: Path) -> No
     torch.testing.assert_close(
         losses.contrast, compliance.contrastive_loss(logits, batch["truth"]), rtol=1e-4, atol=1e-4
     )
-    assert losses.total == losses.contrast + losses.choice
+    torch.testing.assert_close(losses.total, losses.contrast + losses.choice + losses.read)
     best = [float(batch["truth"][row, column]) for row, column in enumerate(logits.argmax(1).tolist())]
     assert losses.accuracy.item() == pytest.approx(sum(best) / 6)
 
@@ -192,6 +192,27 @@ def test_the_area_under_the_curve_by_hand() -> None:
     assert Scripted().auroc(pictures, ["3", "2", "1"], ["2", "0", "0"]) == pytest.approx(wins)
 
 
+def test_attributes_are_tried_one_by_one() -> None:
+    """A scorer that reads the square alone: sure of it, and no better than a coin at what it does not look at."""
+
+    class ReadsSquares(ClipScorer):
+        def __init__(self) -> None:
+            self.folder = Path("clip")
+
+        def score(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:  # type: ignore[override]
+            pixels, found = images.flatten(2), []  # (B, 3, H*W)
+            for picture, text in zip(pixels, texts, strict=True):
+                shown = [name for name, rgb in COLOURS.items() if bool((torch.tensor(rgb) == picture.T).all(1).any())]
+                said = [name for name in COLOURS if name in text.split()]
+                found.append(float(said == shown) if said else 0.5)
+            return torch.tensor(found)
+
+    table = quality.clip_attributes(ReadsSquares(), SOURCE, count=60).set_index("attribute")
+    assert list(table.index) == ["square", "ground", "edge"] and table.loc["square", "auroc"] == 1.0
+    assert table.loc["ground", "auroc"] == table.loc["edge", "auroc"] == 0.5
+    assert table["n"].between(20, 60).all()
+
+
 def test_scores_that_tell_nothing_apart_are_refused() -> None:
     text = raised(lambda: Scripted().auroc(torch.zeros(2, 3, 2, 2), ["0.25"] * 2, ["0.25"] * 2), ComplianceError)
     assert text == (
@@ -250,6 +271,7 @@ def test_a_run_trains_its_clip_once(tmp_path: Path) -> None:
     assert list(run.folder.rglob("progress.safetensors")) == []
     table = quality.clip_table(run, SOURCE, ClipScorer(run.path("clip")), count=320)
     assert 0 <= read_records(run)["metric.clip.auroc"].value <= 1 and read_records(run)["metric.clip.auroc"].n == 20
+    assert {f"metric.clip.auroc.{name}" for name in ("square", "ground", "edge")} <= set(read_records(run))
     assert table["case"].tolist()[:4] == ["right text", "one attribute wrong", "all attributes wrong", "another person"]
     assert table["mean"].between(-1, 1).all() and table["below"][0] == 0
     other = open_run(tmp_path, clip=block | {"width": 48}, meaningful=False)

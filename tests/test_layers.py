@@ -10,7 +10,7 @@ from nmlib import runtime
 
 FOLDER = Path(nmlib.__file__).parent
 LAYERS = (
-    ("config", "runtime", "settings"),
+    ("config", "extra_settings", "runtime", "settings"),
     (
         "checkpoint",
         "conversation",
@@ -42,6 +42,7 @@ LAYERS = (
         "face_sets",
         "faces",
         "frames",
+        "full_body",
         "identity",
         "inspection",
         "layout",
@@ -62,7 +63,18 @@ LAYERS = (
     ("seedx",),
     ("plan", "seedx_checkpoint", "seedx_generate", "seedx_inspect", "seedx_layout"),
     ("codec", "curriculum", "judges", "packing", "train"),
-    ("bench_setup", "chat", "experiments", "few_steps", "metrics", "people_experiments", "quality", "workloads"),
+    (
+        "bench_setup",
+        "break_conditions",
+        "chat",
+        "detokenizer_tuning",
+        "experiments",
+        "few_steps",
+        "metrics",
+        "people_experiments",
+        "quality",
+        "workloads",
+    ),
     (
         "__main__",
         "bench",

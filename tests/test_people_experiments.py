@@ -118,6 +118,28 @@ def test_controls_change_names_and_nothing_else(run: Run) -> None:
     assert any(a != b for a, b in asked) and [c.rounds[-1].base for c in told] == [c.rounds[-1].base for c in shuffled]
 
 
+@pytest.mark.parametrize("people", [2, 3])
+def test_whoever_goes_by_the_name_is_right_unless_names_are_shuffled(run: Run, people: int) -> None:
+    """Shows the person of the name, exactly: always right, also with everybody renamed, and by chance if shuffled."""
+    source = PeopleSource(24)
+    settings = people_experiments.probe_settings(
+        run, conversations=60, look_alike_distance=people_experiments.LOOK_ALIKE
+    )
+    told = personalization.probe_conversations(source, settings, people=people, delay=2)
+    candidates, found = Candidates(source, pixel_rows), {}
+    for control in ("none", "renamed", "shuffled"):
+        asked = people_experiments.controlled(told, control)
+        shown = []
+        for conversation in asked:
+            item, last = conversation.rounds[-1], len(conversation) - 1
+            states = people_experiments._people_states(conversation)
+            shown.append(candidates.features([states[conversation.people(last)[item.name or ""]]])[0])
+        found[control] = float(people_experiments.picked(torch.stack(shown), asked, candidates).float().mean())
+    assert found["none"] == found["renamed"] == 1.0
+    spread = (1 / people * (1 - 1 / people) / 60) ** 0.5
+    assert abs(found["shuffled"] - 1 / people) < 3 * spread
+
+
 def test_unknown_data_sets_and_names_used_twice_are_named(tmp_path: Path) -> None:
     from nmlib import config
 
