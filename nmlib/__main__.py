@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed (one line on stderr says what, where and what to do
 that cannot be used, 130 interrupted.
 """
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,26 @@ def _summary(opened: Run) -> str:
         memory = found["book.peak_memory_gb"].value
         lines.append(f"{'all':28} {found['book.minutes'].value:7.2f} min, peak memory {memory:.2f} GB")
     return "\n".join(lines)
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Option(help="Stage of the params file, or `encoder` or `detokenizer`.")],
+    params: ParamsOption = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Added to the run's seed, for intervals over seeds.")] = 0,
+) -> None:
+    """Train one stage with all it starts from; under `accelerate launch` in several processes."""
+    from nmlib import jobs  # loads the model libraries, which takes seconds
+    from nmlib.checkpoint import CheckpointError
+    from nmlib.train import processes
+
+    opened = Project.find().open(params)
+    try:
+        history = jobs.train_one(opened, stage, seed)
+    except (CheckpointError, ValueError, FloatingPointError) as error:
+        raise RunError(str(error)) from None
+    if processes().is_main_process:
+        typer.echo(f"{stage}: {json.dumps(history[-1])}")
 
 
 @app.command()
@@ -164,17 +185,19 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder with llm/ and agen
 
 @app.command()
 def plan(
-    params: Annotated[Path, typer.Argument(help="A params file with a `seedx` block, such as params/paper.yaml.")],
+    params: Annotated[Path, typer.Argument(help="A params file, such as params/paper.yaml or params/gpu.yaml.")],
     gpus: Annotated[int, typer.Option(min=1, help="Graphics cards to share the work.")] = 8,
     memory: Annotated[float, typer.Option(min=1, help="Memory of each card in GB.")] = 80.0,
 ) -> None:
-    """Say what a training of SEED-X needs before a machine is rented: numbers, memory, tokens and operations."""
+    """Say what a training needs before a machine is rented: numbers, memory, tokens and operations."""
     from nmlib import plan as planner
+    from nmlib import plan_stages
 
     settings = config.load(params)
     if settings.seedx is None:
-        raise RunError(f"{params}: no `seedx` block; the plan is for SEED-X's sizes, for example params/paper.yaml")
-    typer.echo(planner.report(settings, settings.seedx, gpus, memory))
+        typer.echo(plan_stages.report(settings))
+    else:
+        typer.echo(planner.report(settings, settings.seedx, gpus, memory))
 
 
 @app.command()

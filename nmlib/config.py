@@ -54,6 +54,9 @@ __all__ = [
 ]
 
 
+LONGEST_EXERCISE = 12  # rounds of the longest exercise that `words: lookup` reads
+
+
 class ParamsError(ValueError):
     """A params file that cannot be used; the message says where, what was seen and what was expected."""
 
@@ -114,6 +117,7 @@ class Params(Settings):
                 f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds"
             )
         self._people_fit()
+        self._parts_fit()
         if self.seedx is not None and self.seedx.model != self.model:
             raise ValueError("seedx.model differs from model; write it once as `model: &model` and refer to `*model`")
         seen: set[str] = set()
@@ -149,6 +153,22 @@ class Params(Settings):
         twice = sorted(set(self.data) & set(self.people))
         if twice:
             raise ValueError(f"people: {twice} are names of `data:` as well; every data set has a name of its own")
+
+    def _parts_fit(self) -> None:
+        """Raise ValueError unless the smallest batch of every stage has a conversation for each of its parts."""
+        for stage in self.stages:
+            parts = stage.optim.parts
+            lengths = [length for name in stage.data if name in self.data for length in self.data[name].rounds]
+            lengths += [length for name in stage.data if name in self.people for length in self.people[name].rounds]
+            longest = max(lengths, default=1)
+            spoken = LONGEST_EXERCISE if stage.words == "lookup" else longest
+            sizes = (("optim.batch_size", stage.optim.batch_size, longest), ("word_rounds", stage.word_rounds, spoken))
+            for name, size, length in sizes:
+                if parts > 1 and 0 < size < parts * length:
+                    raise ValueError(
+                        f"stages: {stage.name!r}: {name} {size} is {size // length} conversations of {length} rounds; "
+                        f"optim.parts {parts} needs at least {parts * length}"
+                    )
 
 
 def digest(settings: BaseModel) -> str:

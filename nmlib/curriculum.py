@@ -7,6 +7,7 @@ and the same code have made is left as it is, so that a notebook can run again w
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -16,9 +17,9 @@ from nmlib import batches, checkpoint, data, layout, train
 from nmlib.config import ModelConfig, Params, Settings, StageConfig
 from nmlib.data import ConversationFeatures
 from nmlib.layout import Template
-from nmlib.mllm import HistoryMLLM
+from nmlib.mllm import HistoryMLLM, Whole
 from nmlib.runtime import Run
-from nmlib.train import History
+from nmlib.train import History, Part
 
 
 def stage_model_settings(params: Params, stage: StageConfig) -> ModelConfig:
@@ -80,6 +81,25 @@ def _start(
     return model, template
 
 
+def split(batch: Mapping[str, Any], parts: int) -> list[Part]:
+    """Cut a batch of conversations into parts whose losses add up to its own.
+
+    What the losses are divided by is counted over the whole batch, so that every supervised word and every token of a
+    picture weighs the same in whichever part it stands.
+
+    Args:
+        batch: as `batches.stage_batches` gives it.
+        parts: how many; every one gets at least one row of the layout, and one of the words where there are words.
+    """
+    layouts = {name: batch[name] for name in ("layout", "words") if batch.get(name) is not None}
+    whole = Whole.of(layouts.get("layout"), layouts.get("words"))
+    runs = {name: train.cut_rows(len(part.input_ids), parts) for name, part in layouts.items()}
+    return [
+        Part({**batch, "whole": whole} | {name: layouts[name].rows(*runs[name][part]) for name in layouts}, 1.0)
+        for part in range(parts)
+    ]
+
+
 def train_stage(run: Run, name: str, features: Mapping[str, ConversationFeatures], seed: int = 0) -> History:
     """Train one stage; writes `models/<name>.safetensors`, LoRA merged.
 
@@ -103,7 +123,7 @@ def train_stage(run: Run, name: str, features: Mapping[str, ConversationFeatures
 
     batch_at = batches.stage_batches(params, stage, features, template, params.seed + seed)
     history = train.run_training(
-        run, result, model, batch_at, stage.optim, params.seed + seed, [params.source, params.vision, *parts]
+        run, result, model, batch_at, stage.optim, params.seed + seed, [params.source, params.vision, *parts], split
     )
     if stage.trainable == "lora":
         model.merge_lora()

@@ -7,7 +7,7 @@ the seams between patches. Trained for reconstruction, with a learned null condi
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,17 @@ class DetokenizerLosses(NamedTuple):
 
     total: Tensor
     pixels: Tensor
+
+
+@runtime_checkable
+class TokenDecoder(Protocol):
+    """What makes pictures of tokens: the DiT below, or SEED-X's adapter (`seedx_detokenizer`)."""
+
+    def decode(
+        self, tokens: Tensor, *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of tokens (B, N, D_feature)."""
+        ...
 
 
 class Detokenizer(nn.Module):

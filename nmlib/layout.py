@@ -16,6 +16,7 @@ samples, each ending in one query block. The two are equal by construction.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -101,10 +102,25 @@ class Layout:
     history: Tensor
     bases: Tensor
     block_start: Tensor
+    OF_HISTORY: ClassVar[tuple[str, ...]] = ("history",)  # what has a row for each history block
 
-    def to(self, device: torch.device | str) -> "Layout":
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return Layout(**{name: value.to(device) for name, value in vars(self).items()})
+        return type(self)(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Rows of the batch with the blocks that stand in them; `queries` and `history` count conversations as before.
+
+        Args:
+            start: first row.
+            stop: the row after the last.
+        """
+        read = _blocks_of(self.history_slots, len(self.history), start, stop)
+        made = _blocks_of(self.query_slots, len(self.queries), start, stop)
+        cut = dict.fromkeys(self.OF_HISTORY, read) | dict.fromkeys(("queries", "bases"), made)
+        part = {name: value[cut.get(name, slice(start, stop))] for name, value in vars(self).items()}
+        part["bases"] = torch.where(part["bases"] < 0, part["bases"], part["bases"] - read.start)
+        return type(self)(**part)
 
     def attention_mask(self) -> Tensor:
         """Who sees whom: (B, 1, T, T) bool, True where row i may look at column j.
@@ -121,6 +137,15 @@ class Layout:
         own = causal & is_query & (segment[:, None, :] == segment[:, :, None])
         diagonal = torch.eye(position.shape[1], dtype=torch.bool, device=position.device)
         return (main | own | diagonal)[:, None]  # (B, 1, T, T)
+
+
+def _blocks_of(slots: Tensor, count: int, start: int, stop: int) -> slice:
+    """Which of `count` blocks of one size stand in rows of `slots` (B, T)."""
+    if not count:
+        return slice(0, 0)
+    size = int(slots.sum()) // count
+    before, own = int(slots[:start].sum()) // size, int(slots[start:stop].sum()) // size
+    return slice(before, before + own)
 
 
 @dataclass

@@ -40,6 +40,24 @@ class Losses(NamedTuple):
     words: Tensor
 
 
+class Whole(NamedTuple):
+    """How much a whole batch supervises: words of replies, tokens of pictures, words beside pictures.
+
+    The losses of a part of the batch are divided by these numbers and not by its own, so that the losses of all parts
+    add up to those of the batch, however it is cut.
+    """
+
+    text: int
+    image: int
+    words: int
+
+    @classmethod
+    def of(cls, layout: Layout | None, words: Layout | None) -> "Whole":
+        """Count what a batch supervises."""
+        told, spoken = (0 if part is None else int((part.labels != IGNORE).sum()) for part in (layout, words))
+        return cls(told, 0 if layout is None else int(layout.query_slots.sum()), spoken)
+
+
 class Output(NamedTuple):
     """What a forward pass gives: image predictions (Q, N, D) in the order of `layout.queries`, and logits."""
 
@@ -223,8 +241,8 @@ class HistoryMLLM(nn.Module):
         logits = self.base_llm.lm_head(hidden_states[layout.labels != IGNORE])  # (L, V)
         return Output(self.output_resampler(queries), logits, result.attentions)
 
-    def text_loss(self, layout: Layout) -> Tensor:
-        """Cross-entropy of the replies of a batch laid out without pictures."""
+    def text_loss(self, layout: Layout, count: int | None = None) -> Tensor:
+        """Cross-entropy of the replies of a batch without pictures, over `count` or its own supervised words."""
         hidden_states = self.base_llm.model(
             inputs_embeds=self.embed_text(layout.input_ids, layout.rounds),
             attention_mask=layout.attention_mask(),
@@ -232,7 +250,8 @@ class HistoryMLLM(nn.Module):
             use_cache=False,
         ).last_hidden_state  # (B, T, D)
         supervised = layout.labels != IGNORE  # (B, T)
-        return F.cross_entropy(self.base_llm.lm_head(hidden_states[supervised]).float(), layout.labels[supervised])
+        logits = self.base_llm.lm_head(hidden_states[supervised])  # (L, V)
+        return _cross_entropy(logits, layout.labels[supervised], len(logits) if count is None else count)
 
     def image_losses(
         self,
@@ -241,6 +260,7 @@ class HistoryMLLM(nn.Module):
         replaced: Tensor | None = None,
         history_noise: float = 0.0,
         weights: Tensor | None = None,
+        whole: Whole | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Text loss and feature loss of conversations with pictures; arguments as in `forward`."""
         history = features[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)
@@ -253,9 +273,9 @@ class HistoryMLLM(nn.Module):
         errors = ((output.images.float() - targets) / self.feature_scale).square().mean(-1)  # (Q, N)
         if weights is not None:
             errors = errors * weights[layout.queries[:, 0], layout.queries[:, 1]]  # (Q, N)
-        image = errors.mean()
+        whole = whole or Whole.of(layout, None)
         labels = layout.labels[layout.labels != IGNORE]  # (L,)
-        return F.cross_entropy(output.logits.float(), labels) if len(labels) else image.new_zeros(()), image
+        return _cross_entropy(output.logits, labels, whole.text), errors.sum() / max(1, whole.image)
 
     def forward(
         self,
@@ -265,8 +285,9 @@ class HistoryMLLM(nn.Module):
         history_noise: float = 0.0,
         words: Layout | None = None,
         weights: Tensor | None = None,
+        whole: Whole | None = None,
     ) -> Losses:
-        """Losses of a batch: of conversations with pictures, of words alone, or of both.
+        """Losses of a batch, or of a part of one: of conversations with pictures, of words alone, or of both.
 
         Args:
             layout: token sequences of B conversations.
@@ -275,12 +296,13 @@ class HistoryMLLM(nn.Module):
             history_noise: standard deviation of noise added to history features.
             words: more conversations, laid out without pictures, of which the replies are learned.
             weights: (B, R, N) how much each token counts, of mean 1 in each picture; all alike by default.
+            whole: what the batch supervises of which this is a part; by default this is all of it.
         """
         text = image = spoken = self.feature_scale.new_zeros(())
         if layout is not None and features is not None:
-            text, image = self.image_losses(layout, features, replaced, history_noise, weights)
+            text, image = self.image_losses(layout, features, replaced, history_noise, weights, whole)
         if words is not None:
-            spoken = self.text_loss(words)
+            spoken = self.text_loss(words, None if whole is None else whole.words)
         total = self.settings.text_loss_weight * (text + spoken) + self.settings.feature_loss_weight * image
         return Losses(total, text, image, spoken)
 
@@ -292,3 +314,8 @@ class HistoryMLLM(nn.Module):
         own[layout.queries[:, 0], layout.queries[:, 1]] = predicted.to(features.dtype)
         mixed = torch.where(replaced[..., None, None], own, features)  # (B, R, N, D_feature)
         return mixed[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Cross-entropy of logits (L, V) summed over labels (L,) and divided by a count; zero, with a gradient, of none."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, count)

@@ -12,9 +12,10 @@ from torch import nn
 
 from nmlib.batches import set_settings
 from nmlib.config import ModelConfig, Params, SeedXConfig
+from nmlib.resampler import Resampler
 from nmlib.seedx import SeedX, count_parameters
-from nmlib.seedx_adapter import SDXLAdapter
-from nmlib.seedx_vision import QwenViT
+from nmlib.seedx_adapter import AdapterResampler, SDXLAdapter
+from nmlib.seedx_vision import QwenViT, pool_tokens
 
 WEIGHT, GRADIENT, OPTIMISER = 2, 2, 12  # bytes of a number
 LORA_LINEARS = 7
@@ -62,6 +63,27 @@ def count_adapter() -> Part:
     """SEED-X's released detokenizer, which a training of the agent does not need."""
     with torch.device("meta"):
         return Part("SDXL adapter", count_parameters(SDXLAdapter()), 0)
+
+
+def picture_shapes(settings: SeedXConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """Shapes on the way of one picture into SEED-X and out of it, from modules that exist on the meta device only."""
+    model, vision, queries = settings.model, settings.vision, settings.queries
+    with torch.device("meta"), torch.no_grad():
+        picture = torch.empty(1, 3, vision.image_size, vision.image_size)
+        encoded = QwenViT(vision)(picture)  # (1, M, D_feature)
+        slots = Resampler(queries, model.hidden_size, model.resampler_heads, vision.feature_dim)(encoded)  # (1, N, D)
+        predicted = Resampler(queries, vision.feature_dim, model.resampler_heads, model.hidden_size)(slots)
+        context, pooled = AdapterResampler(vision.feature_dim)(predicted)
+    found = {
+        "picture": picture,
+        "tokens of the image encoder": encoded,
+        "history slots of the language model": slots,
+        "predicted tokens, out of the query slots": predicted,
+        "their target, four tokens averaged": pool_tokens(encoded, queries),
+        "SDXL adapter: context": context,
+        "SDXL adapter: pooled vector": pooled,
+    }
+    return [(name, tuple(tensor.shape)) for name, tensor in found.items()]
 
 
 def _trained(module: nn.Module) -> int:

@@ -9,7 +9,7 @@ Source: SEED-X `src/models/mllm/seed_x.py`, `peft_models.py` (restated in our ow
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class SeedXLayout(Layout):
     """
 
     patch_positions: Tensor
+    OF_HISTORY: ClassVar[tuple[str, ...]] = ("history", "patch_positions")
 
 
 class SeedX(HistoryMLLM):

@@ -23,7 +23,13 @@ class SourceConfig(Settings):
 
 
 class OptimConfig(Settings):
-    """One training: length, batch and schedule (linear warm-up, cosine to `min_learning_rate_ratio`)."""
+    """One training: length, batch and schedule (linear warm-up, cosine to `min_learning_rate_ratio`).
+
+    A batch is read in `parts`: one after the other, their gradients added, or shared among as many processes as divide
+    them. Noise and dropout belong to a part, so that the number of processes changes nothing. With
+    `activation_checkpointing` the forward pass of a layer is repeated in the backward pass instead of kept. Neither is
+    part of a digest while it has its default.
+    """
 
     steps: Count
     batch_size: Count
@@ -35,6 +41,8 @@ class OptimConfig(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     ema_decay: Fraction = 0.0
     checkpoint_every: Count = 200
+    parts: int = Field(default=1, ge=1, exclude_if=lambda value: value == 1)
+    activation_checkpointing: bool = Field(default=False, exclude_if=lambda value: not value)
 
 
 class VisionConfig(Settings):

@@ -61,7 +61,7 @@ LAYERS = (
     ("seedx_adapter", "seedx_files", "seedx_vision"),
     ("answer", "cache", "growing_layer", "mllm", "prefix_tree"),
     ("seedx",),
-    ("plan", "seedx_checkpoint", "seedx_generate", "seedx_inspect", "seedx_layout"),
+    ("plan", "seedx_checkpoint", "seedx_detokenizer", "seedx_generate", "seedx_inspect", "seedx_layout"),
     ("codec", "curriculum", "judges", "packing", "train"),
     (
         "bench_setup",
@@ -70,6 +70,7 @@ LAYERS = (
         "detokenizer_tuning",
         "experiments",
         "few_steps",
+        "jobs",
         "metrics",
         "people_experiments",
         "quality",
