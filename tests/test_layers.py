@@ -73,6 +73,7 @@ LAYERS = (
         "jobs",
         "metrics",
         "people_experiments",
+        "plan_stages",
         "quality",
         "workloads",
     ),
