@@ -72,7 +72,8 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
     shown, generated = root / "book" / "chapters", root / "book" / "generated"
     for folder in (shown, generated):
         shutil.rmtree(folder, ignore_errors=True)
-    warnings, front = [], {}
+    warnings: list[str] = []
+    front: dict[str, str] = {}
     for name in names:
         if name in others:
             write_absent(_step(root, name), run, shown / f"{name}.ipynb")
