@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -140,7 +140,9 @@ class Training:
         split: Split = split_rows,
     ) -> None:
         self.module, self.optim, self.path, self.seed, self.key, self.split = module, optim, path, seed, key, split
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        # a stage that reads words alone leaves the resamplers without a gradient
+        several = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[several])
         count = self.accelerator.num_processes
         if optim.parts % count:
             raise ValueError(f"optim.parts {optim.parts} cannot be shared by {count} processes; expected a multiple")
