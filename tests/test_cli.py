@@ -126,4 +126,4 @@ def test_book_of_nothing_is_1(call: Any, project_root: Path) -> None:
 def test_chat_names_the_stages(call: Any) -> None:
     code, _, err = call("chat", "--params", "tiny", "--stage", "last")
     assert code == 1
-    assert "params 'tiny' has no stage 'last'; it has ['base'" in err
+    assert "params 'tiny' has no stage 'last'; it has ['language', 'base'" in err

@@ -73,7 +73,7 @@ def test_sizes_that_do_not_fit(tmp_path: Path, tiny: dict[str, Any]) -> None:
 def test_stage_that_starts_from_nothing(tmp_path: Path, tiny: dict[str, Any]) -> None:
     tiny["stages"][0]["start"] = "bse"
     text = refusal(write(tmp_path / "a.yaml", tiny))
-    assert "'base' starts from 'bse', which is no earlier stage" in text
+    assert "'language' starts from 'bse', which is no earlier stage" in text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """People: framing and pose that can be asked for, whole bodies, look-alikes, clips and names."""
 
-import hashlib
 
 import pytest
 import torch
@@ -44,12 +43,19 @@ def test_people_are_a_source_and_a_source_of_clips() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "digest"), [(16, "fea361364c264c1b"), (48, "0e906e2441e064f5"), (128, "4c8525006d9d037f")]
+    ("size", "signature"),
+    [
+        (16, [0.226, 0.268, 0.988, 0.236]),
+        (48, [-0.120, 0.310, 0.933, 0.754]),
+        (128, [1.092, 0.584, -0.607, -0.579]),
+    ],
 )
-def test_portraits_are_what_they_were_before_bodies_were_drawn(size: int, digest: str) -> None:
+def test_portraits_are_what_they_were_before_bodies_were_drawn(size: int, signature: list[float]) -> None:
+    """A weighted sum of the pixels of each of the first pictures: processors differ in the last bit of a pixel."""
     _, _, pictures = data.sample_pictures(WorldSource(size), 37, "train", data.step_generator(1, size))
-    pixels = (pictures * 255).round().to(torch.uint8)
-    assert hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).hexdigest() == digest
+    weights = torch.cos(torch.arange(pictures[0].numel(), dtype=torch.float64)).reshape(pictures.shape[1:])  # (3, H, W)
+    sums = (pictures[:4].double() * weights).sum((1, 2, 3))  # (4,)
+    assert sums.tolist() == pytest.approx(signature, abs=0.02)
 
 
 def test_own_views_are_the_pictures_of_the_world() -> None:

@@ -34,11 +34,23 @@ class Measured(SphinxRole):
         return [nodes.abbreviation(self.rawtext, measured.in_words(bare, digits), explanation=note)], []
 
 
+def _written_in(node: nodes.Node | None, app: Sphinx) -> str:
+    """The source that a node was written in, below the book's folder; a page may include another."""
+    while node is not None and not getattr(node, "source", None):
+        node = node.parent
+    source = Path(getattr(node, "source", None) or app.env.docname)
+    folder = Path(app.srcdir)
+    return source.relative_to(folder).as_posix() if source.is_relative_to(folder) else app.env.docname
+
+
 def refuse_typed_numbers(app: Sphinx, doctree: nodes.document) -> None:
     """Warn of every number in prose that looks measured and was typed."""
-    if app.env.docname.startswith(tuple(app.config.measured_exempt)):
+    exempt = tuple(app.config.measured_exempt)
+    if app.env.docname.startswith(exempt):
         return
     for text in doctree.findall(nodes.Text):
+        if _written_in(text.parent, app).startswith(exempt):
+            continue
         above = text.parent
         while above is not None and not isinstance(above, NOT_PROSE) and "cell" not in above.get("classes", ()):
             above = above.parent
