@@ -240,7 +240,7 @@ def for_front_page(notebook: nbformat.NotebookNode) -> dict[str, str]:
         notebook: executed and polished.
 
     Returns:
-        For example `{"image/png": base64 text, "text/html": an explorer}`.
+        By type, for example `image/png` with base64 text and `text/html` with an explorer.
     """
     found: dict[str, str] = {}
     for cell in notebook.cells:

@@ -21,7 +21,6 @@ from nmlib.manifest import ClipRow, FrameReason, FrameRow, Manifest, all_frames,
 from nmlib.runtime import progress
 
 __all__ = [
-    "ClipError",
     "ClipFolder",
     "Manifest",
     "TooManyRejected",

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from toy import raised
 
 from nmlib.clips import (
-    ClipError,
     ClipFolder,
     Manifest,
     TooManyRejected,
@@ -27,6 +26,7 @@ from nmlib.clips import (
 from nmlib.config import ClipConfig
 from nmlib.conversation import from_picture, to_picture
 from nmlib.faces import DlibEmbedder, Face, FaceDetector, Square, WholePicture
+from nmlib.frames import ClipError
 from nmlib.runtime import RunError
 from nmlib.world import WorldSource
 

@@ -1,6 +1,5 @@
 """People: framing and pose that can be asked for, whole bodies, look-alikes, clips and names."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings
