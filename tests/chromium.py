@@ -18,6 +18,7 @@ OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run",
     "--disable-sync",
 ]  # fmt: skip
+PHONE, DESKTOP = 390, 1440  # pixels
 SECONDS = 60  # to wait for what should take one: a busy machine is slow, not wrong
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium found; install one, on Debian with `apt-get install chromium`"
@@ -98,6 +99,21 @@ def served(folder: Path) -> Iterator[Site]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+TOO_WIDE = """selector => [...document.querySelectorAll(selector)]
+  .filter((node) => node.scrollWidth > node.clientWidth + 1 || node.getBoundingClientRect().right > innerWidth + 1)
+  .map((node) => `${node.tagName} ${node.className}: ${node.textContent.trim().slice(0, 60)}`)"""
+UNSEEN = "[...document.images].filter((one) => !one.naturalWidth || !one.hasAttribute('alt')).map((one) => one.src)"
+
+
+def check_page(page: Page, width: int) -> None:
+    """Nothing is wider than the page, code and claims do not scroll, and every picture is there and described."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, page.url
+    # on a phone a table of many numbers scrolls in its own frame; the page, code and the claims never do
+    held = "article :is(pre, table.claims)" if width == PHONE else "article :is(pre, table)"
+    assert page.evaluate(TOO_WIDE, held) == [], page.url
+    assert page.evaluate(UNSEEN) == [], page.url
 
 
 def talk(live: Locator) -> None:

@@ -1,4 +1,4 @@
-"""Sphinx extension: ship MathJax with the pages, so that they ask no other host, and leave out unused icons."""
+"""Sphinx extension: ship MathJax with the pages, so that they ask no other host, and leave out what nobody needs."""
 
 import re
 import shutil
@@ -36,6 +36,23 @@ def keep_used_icons(app: Any, error: Exception | None) -> None:
     script.with_suffix(".js.map").unlink(missing_ok=True)
 
 
+def leave_out_mathjax(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Load MathJax, the heaviest script, only on pages with an equation.
+
+    Args:
+        app: the Sphinx application.
+        pagename: of the page that is written.
+        templatename: of its template.
+        context: of the template; its scripts are changed.
+        doctree: of the page, if it has one.
+    """
+    if 'class="math' not in context.get("body", ""):
+        scripts = context.get("script_files", [])
+        context["script_files"] = [
+            script for script in scripts if "mathjax" not in str(getattr(script, "filename", script))
+        ]
+
+
 def copy_mathjax(app: Any, error: Exception | None) -> None:
     """Copy the one script of MathJax that the pages load, and its fonts, into the finished pages.
 
@@ -63,6 +80,7 @@ def copy_mathjax(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Register with Sphinx."""
+    app.connect("html-page-context", leave_out_mathjax, priority=900)  # after those that add scripts
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", keep_used_icons)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
