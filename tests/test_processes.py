@@ -149,11 +149,11 @@ def test_seeds_of_parts_are_distinct() -> None:
 
 def test_settings_know_how_many_parts_a_batch_can_have(tiny: dict[str, Any]) -> None:
     plain = config.parse(tiny, "t")
-    tiny["stages"][1]["optim"]["parts"] = 4
+    tiny["stages"][2]["optim"]["parts"] = 4
     parsed = config.parse(tiny, "t")
-    assert parsed.stages[1].optim.parts == 4 and config.digest(parsed) != config.digest(plain)
-    assert "parts" not in plain.model_dump()["stages"][1]["optim"], "the default changes no digest"
-    tiny["stages"][1]["optim"]["parts"] = 5
+    assert parsed.stages[2].optim.parts == 4 and config.digest(parsed) != config.digest(plain)
+    assert "parts" not in plain.model_dump()["stages"][2]["optim"], "the default changes no digest"
+    tiny["stages"][2]["optim"]["parts"] = 5
     text = raised(lambda: config.parse(tiny, "t"), config.ParamsError)
     assert text == (
         "t: (whole file): stages: 'markov': optim.batch_size 24 is 4 conversations of 6 rounds; optim.parts 5 needs at "
