@@ -263,6 +263,8 @@ def test_interrupt_ends_with_130_and_leaves_no_chapter(project: Project) -> None
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell lets what it starts in the background ignore the signal, and that would be inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     started = project.root / "runs" / "tiny" / "started"
     for _ in range(2400):  # a busy machine is slow to start
