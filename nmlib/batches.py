@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from nmlib import data, lookup, personalization, rollback
-from nmlib.config import DataConfig, Params, PeopleConfig, Settings, StageConfig
+from nmlib.config import LONGEST_EXERCISE, DataConfig, Params, PeopleConfig, Settings, StageConfig
 from nmlib.conversation import Conversation
 from nmlib.data import ConversationFeatures
 from nmlib.layout import Layout, Template
 from nmlib.storage import save_conversations
 
 CONTENT_FIRST = 12.0  # times as often as another reference, while content comes first
-WORD_LENGTHS = (6, 8, 12)  # rounds of an exercise; all numbers of rounds are practised
+WORD_LENGTHS = (6, 8, LONGEST_EXERCISE)  # rounds of an exercise; all numbers of rounds are practised
 
 
 def set_settings(params: Params, name: str) -> DataConfig | PeopleConfig:

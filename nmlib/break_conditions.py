@@ -7,11 +7,9 @@ Three tables, each with a row for every conversation, so that the benefit is a d
 - history: trained stages asked for an earlier picture in ever longer conversations.
 """
 
-from typing import NamedTuple
-
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nmlib import batches, chat, checkpoint, codec, curriculum, data, experiments, layout, metrics, rollback, train
 from nmlib.chat import System
@@ -136,24 +134,6 @@ def record_caching(run: Run, table: pd.DataFrame, minutes: float) -> None:
 # rollback supervision, by the size of the model
 
 
-class WordLosses(NamedTuple):
-    """`total` is the cross-entropy of the replies."""
-
-    total: Tensor
-
-
-class WordTrainer(nn.Module):
-    """A model that learns the replies of conversations without pictures: which earlier picture is meant."""
-
-    def __init__(self, model: HistoryMLLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, words: layout.Layout) -> WordLosses:
-        """Loss of conversations laid out without pictures."""
-        return WordLosses(self.model.text_loss(words))
-
-
 def size_name(size: ModelSize) -> str:
     """A size in short, for example `192x4`: width and layers."""
     return f"{size.hidden_size}x{size.layers}"
@@ -185,8 +165,7 @@ def train_words(run: Run, size: ModelSize, name: str) -> tuple[HistoryMLLM, Temp
         def batch_at(step: int) -> dict[str, layout.Layout]:
             return {"words": batches.word_batch(params, stage, template, step, params.seed + 7)}
 
-        module = WordTrainer(model)
-        history = train.run_training(run, result, module, batch_at, stage.optim, params.seed, used)
+        history = train.run_training(run, result, model, batch_at, stage.optim, params.seed, used)
         train.finish(run, result, model.state_dict(), {"history": history, "key": key})
     return checkpoint.freeze(model, checkpoint.load(path)[0], path), template
 
@@ -204,19 +183,14 @@ def named_bases(model: HistoryMLLM, template: Template, told: list[Conversation]
         (B,) bool.
     """
     words = template.packed(told, pictures=False)
-    hidden = model.base_llm.model(
-        inputs_embeds=model.embed_text(words.input_ids, words.rounds),
-        attention_mask=words.attention_mask(),
-        position_ids=words.position_ids,
-        use_cache=False,
-    ).last_hidden_state  # (B, T, D)
+    hidden_states = model.read_words(words)  # (B, T, D)
     markers = [template.marker_id(index) for index in range(model.settings.max_rounds)]
     right = []
     for row, conversation in enumerate(told):
         last = words.rounds[row] == len(conversation) - 1  # (T,)
         base = template.marker_id(conversation.rounds[-1].base or 0)
         place = (last & (words.labels[row] == base)).nonzero()[0]  # where the base is to be said
-        said = model.base_llm.lm_head(hidden[row, place])[0, markers]  # (max_rounds,)
+        said = model.base_llm.lm_head(hidden_states[row, place])[0, markers]  # (max_rounds,)
         right.append(markers[int(said.argmax())] == base)
     return torch.tensor(right)  # (B,)
 

@@ -110,6 +110,8 @@ class Params(Settings):
         lengths += [length for part in self.people.values() for length in part.rounds]
         longest = max([*lengths, self.experiments.drift_rounds])
         longest = max(longest, max(self.experiments.depths) + 2)
+        if any(stage.words == "lookup" for stage in self.stages):
+            longest = max(longest, LONGEST_EXERCISE)
         if self.breaks is not None:
             longest = max(longest, self.breaks.drift_rounds, *self.breaks.rounds)
         if longest > self.model.max_rounds:

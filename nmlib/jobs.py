@@ -3,15 +3,10 @@
 Files and keys are those of the notebooks, which find what was made here and do not make it again.
 """
 
-import hashlib
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
-from nmlib import batches, codec, curriculum, data, runtime, train
+from nmlib import codec, curriculum, data, experiments
 from nmlib.config import StageConfig
-from nmlib.data import ConversationFeatures
 from nmlib.runtime import Run, RunError
 from nmlib.train import History
 
@@ -39,7 +34,7 @@ def train_one(run: Run, name: str, seed: int = 0) -> History:
     if name == DETOKENIZER:
         history = codec.train_detokenizer(run, source, codec.load_encoder(run))
     for stage in stages:
-        history = curriculum.train_stage(run, stage.name, load_features(run, stage.data), seed)
+        history = curriculum.train_stage(run, stage.name, experiments.read_sets(run, stage.data), seed)
     return history
 
 
@@ -62,16 +57,3 @@ def _require_drawn(run: Run, names: Iterable[str]) -> None:
                 f"{folder}: data set {name!r} was not drawn yet; run the notebooks that draw them first: "
                 f"`python -m nmlib run --params {run.name} --only 01`, likewise 02, and 07 for people"
             )
-
-
-def load_features(run: Run, names: Iterable[str]) -> dict[str, ConversationFeatures]:
-    """Drawn data sets with features of their pictures; the main process computes them, the others read its files."""
-    encoder = codec.load_encoder(run).to(runtime.device())
-    key = hashlib.sha256(run.path("encoder.safetensors").read_bytes()).hexdigest()
-
-    @torch.no_grad()
-    def encode(images: Tensor) -> Tensor:
-        return encoder(images.to(runtime.device()).float() / 255).cpu()  # (B, N, D)
-
-    with train.processes().main_process_first():
-        return {name: batches.load(run.params, name, run.path("data", name), encode, key) for name in names}

@@ -241,16 +241,19 @@ class HistoryMLLM(nn.Module):
         logits = self.base_llm.lm_head(hidden_states[layout.labels != IGNORE])  # (L, V)
         return Output(self.output_resampler(queries), logits, result.attentions)
 
-    def text_loss(self, layout: Layout, count: int | None = None) -> Tensor:
-        """Cross-entropy of the replies of a batch without pictures, over `count` or its own supervised words."""
-        hidden_states = self.base_llm.model(
+    def read_words(self, layout: Layout) -> Tensor:
+        """Hidden states (B, T, D) of a batch laid out without pictures."""
+        return self.base_llm.model(
             inputs_embeds=self.embed_text(layout.input_ids, layout.rounds),
             attention_mask=layout.attention_mask(),
             position_ids=layout.position_ids,
             use_cache=False,
-        ).last_hidden_state  # (B, T, D)
+        ).last_hidden_state
+
+    def text_loss(self, layout: Layout, count: int | None = None) -> Tensor:
+        """Cross-entropy of the replies of a batch without pictures, over `count` or its own supervised words."""
         supervised = layout.labels != IGNORE  # (B, T)
-        logits = self.base_llm.lm_head(hidden_states[supervised])  # (L, V)
+        logits = self.base_llm.lm_head(self.read_words(layout)[supervised])  # (L, V)
         return _cross_entropy(logits, layout.labels[supervised], len(logits) if count is None else count)
 
     def image_losses(

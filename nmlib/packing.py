@@ -35,10 +35,6 @@ class Packed(Layout):
 
     documents: Tensor
 
-    def to(self, device: torch.device | str) -> "Packed":
-        """The same batch on another device."""
-        return type(self)(**{name: value.to(device) for name, value in vars(self).items()})
-
     def attention_mask(self) -> Tensor:
         """Who sees whom, (B, 1, T, T) bool: as in any layout, within a conversation."""
         return super().attention_mask() & (self.documents[:, None, :] == self.documents[:, :, None])[:, None]

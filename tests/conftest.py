@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chromium
 import nbformat
 import pytest
 import torch
 import yaml
+from chromium import Site
 
 from nmlib import runtime
 
@@ -49,6 +51,20 @@ def write_notebook(path: Path, title: str, code: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Site]:
+    """Pages of the `folder` of a test file, in a browser."""
+    with chromium.served(folder) as site:
+        yield site
+
+
+@pytest.fixture
+def site(server: Site) -> Iterator[Site]:
+    """The site; a test fails if its pages reported an error or asked another host."""
+    yield server
+    server.finish()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The explorers in a real Chromium: clicked on a static page, and talking to Python, with no other host in reach."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("site")
     write(made / "all.html", *explorers())
     return made
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Site]:
-    with chromium.served(folder) as site:
-        yield site
-
-
-@pytest.fixture
-def site(server: Site) -> Iterator[Site]:
-    """The site; a test fails if its pages reported an error or asked another host."""
-    yield server
-    server.finish()
 
 
 def write(path: Path, *shown: Explorer) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_people_experiments import CHANGES
-from toy import Trained, open_run, raised
+from toy import Trained, open_run, raised, trained_on_people
 
-from nmlib import batches, checkpoint, codec, curriculum, data, detokenizer_tuning, experiments, judges, personalization
+from nmlib import checkpoint, data, detokenizer_tuning, experiments, personalization
 from nmlib.config import ParamsError
 from nmlib.identity import FaceEmbedder
 from nmlib.people import PeopleSource
@@ -24,16 +24,7 @@ SIZES = CHANGES | {"stages": CHANGES["stages"][:2], "tuning": TUNING}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of people in which everything was trained for a few steps."""
-    made = open_run(tmp_path_factory.mktemp("tuning"), **SIZES)
-    source = data.open_source(made.params.source)
-    codec.train_encoder(made, source)
-    codec.train_detokenizer(made, source, codec.load_encoder(made))
-    judges.train_identity(made, source)
-    for offset, name in enumerate(("portraits", "base")):
-        batches.build(made.params, name, made.path("data", name), 20 + offset)
-    features = experiments.read_sets(made, ("portraits", "base"))
-    for stage in made.params.stages:
-        curriculum.train_stage(made, stage.name, features)
+    made = trained_on_people(tmp_path_factory.mktemp("tuning"), ("portraits", "base"), **SIZES)
     detokenizer_tuning.train_faces(made)
     detokenizer_tuning.train_predicted(made)
     return made

@@ -3,7 +3,6 @@
 import base64
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import chromium
@@ -33,7 +32,7 @@ def shown(explorer: Explorer) -> nbformat.NotebookNode:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A book of one chapter, with the real pages around it and all explorers in it."""
     root = tmp_path_factory.mktemp("book")
     shutil.copytree(
@@ -59,19 +58,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     notebook.cells[-1].outputs.insert(0, new_output("display_data", data={"image/png": picture}))
     nbformat.write(notebook, executed)
     return book.build_book(root, run, strict=True).parent
-
-
-@pytest.fixture(scope="module")
-def server(pages: Path) -> Iterator[Site]:
-    with chromium.served(pages) as site:
-        yield site
-
-
-@pytest.fixture
-def site(server: Site) -> Iterator[Site]:
-    """The book; a test fails if its pages reported an error or asked another host."""
-    yield server
-    server.finish()
 
 
 def test_a_reader_undoes_something_on_the_first_page(site: Site) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy import SETTINGS, open_run
+from toy import SETTINGS, open_run, trained_on_people
 
-from nmlib import batches, codec, curriculum, data, experiments, judges, people_experiments, personalization
+from nmlib import batches, experiments, people_experiments, personalization
 from nmlib.identity import FaceEmbedder
 from nmlib.metrics import Candidates, pixel_rows
 from nmlib.names import names
@@ -41,17 +41,7 @@ NAMES = ("portraits", "same", "masked", "paired", "base")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run in which every data set is built and every stage is trained for a few steps."""
-    made = open_run(tmp_path_factory.mktemp("people"), **CHANGES)
-    source = data.open_source(made.params.source)
-    codec.train_encoder(made, source)
-    codec.train_detokenizer(made, source, codec.load_encoder(made))
-    judges.train_identity(made, source)
-    for offset, name in enumerate(NAMES):
-        batches.build(made.params, name, made.path("data", name), 20 + offset)
-    features = experiments.read_sets(made, NAMES)
-    for stage in made.params.stages:
-        curriculum.train_stage(made, stage.name, features)
-    return made
+    return trained_on_people(tmp_path_factory.mktemp("people"), NAMES, **CHANGES)
 
 
 def test_every_table_runs_to_its_records(run: Run) -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from toy import conversations, make_model, open_run, raised
 
-from nmlib import batches, config, curriculum, jobs, train
+from nmlib import batches, config, curriculum, experiments, jobs, train
 from nmlib.layout import Layout
 from nmlib.runtime import RunError
 from nmlib.seedx import SeedXLayout
@@ -186,7 +186,7 @@ def test_notebooks_find_what_the_verb_made(tmp_path: Path, monkeypatch: pytest.M
         batches.build(run.params, name, run.path("data", name), 11)
     history = jobs.train_one(run, "rollback")
     assert history[-1]["step"] == 7 and run.path("models", "base.safetensors").exists()
-    features = jobs.load_features(run, ["rollback"])
+    features = experiments.read_sets(run, ["rollback"])
     monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert curriculum.train_stage(run, "rollback", features) == jobs.train_one(run, "rollback") == history
 
@@ -197,7 +197,3 @@ def test_launch_files(name: str) -> None:
     settings = yaml.safe_load((ROOT / "params" / "accelerate" / f"{name}.yaml").read_text())
     assert settings["mixed_precision"] == "no" and settings["num_processes"] > 1
     assert (settings["distributed_type"] == "FSDP") == (name == "sharded")
-
-
-def test_longest_exercise() -> None:
-    assert max(batches.WORD_LENGTHS) == config.LONGEST_EXERCISE

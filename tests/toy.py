@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Generator, Tensor, nn
 
-from nmlib import codec, curriculum, judges, layout, rollback, train
+from nmlib import batches, codec, curriculum, data, experiments, judges, layout, rollback, train
 from nmlib.chat import System
 from nmlib.config import DetokenizerConfig, ModelConfig, OptimConfig, VisionConfig
 from nmlib.conversation import Conversation, Edit, Kind, Reference, Round
@@ -225,6 +225,21 @@ def open_run(folder: Path, **changes: Any) -> Run:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(SETTINGS | changes), encoding="utf-8")
     return Run.open(path, folder / "run")
+
+
+def trained_on_people(folder: Path, names: Sequence[str], **changes: Any) -> Run:
+    """A run of people in which the named data sets are built and everything is trained for a few steps."""
+    made = open_run(folder, **changes)
+    source = data.open_source(made.params.source)
+    codec.train_encoder(made, source)
+    codec.train_detokenizer(made, source, codec.load_encoder(made))
+    judges.train_identity(made, source)
+    for offset, name in enumerate(names):
+        batches.build(made.params, name, made.path("data", name), 20 + offset)
+    features = experiments.read_sets(made, names)
+    for stage in made.params.stages:
+        curriculum.train_stage(made, stage.name, features)
+    return made
 
 
 def features_of(run: Run, name: str) -> ConversationFeatures:
