@@ -2,6 +2,7 @@
 
 shared_training.py FOLDER copies     weights copied, gradients averaged; stops half way and goes on from its file
 shared_training.py FOLDER sharded    weights sharded, as FSDP does it on cards
+shared_training.py FOLDER words      as copies, of words alone, which leave the resamplers without a gradient
 """
 
 import json
@@ -32,10 +33,12 @@ def template() -> Template:
     return make_model()[1]
 
 
-def batch_at(step: int) -> dict[str, Any]:
+def batch_at(step: int, kind: str = "copies") -> dict[str, Any]:
     """Three conversations, which two parts share unequally, with everything that a stage may ask for."""
     chance = torch.Generator().manual_seed(step)
     told = conversations()
+    if kind == "words":
+        return {"words": template().packed([told[step % 2], told[1], told[0]], pictures=False)}
     weights = torch.rand(3, 4, 4, generator=chance) + 0.5
     return {
         "layout": template().packed([told[step % 2], told[1], told[0]]),
@@ -58,9 +61,9 @@ def begin(folder: Path, **changes: Any) -> Training:
     return training
 
 
-def go_on(training: Training, steps: int) -> list[list[float]]:
+def go_on(training: Training, steps: int, kind: str = "copies") -> list[list[float]]:
     """Losses of the next steps."""
-    found = [training.update(batch_at(training.step), torch.float32) for _ in range(steps)]
+    found = [training.update(batch_at(training.step, kind), torch.float32) for _ in range(steps)]
     return [[float(value) for value in losses] for losses in found]
 
 
@@ -87,11 +90,11 @@ def main(folder: Path, kind: str) -> None:
     assert training.accelerator.num_processes == 2
     if not training.accelerator.is_main_process:
         checkpoint.save = refuse
-    losses = go_on(training, 5)
+    losses = go_on(training, 5, kind)
     training.save()
     training = begin(folder)
     assert training.step == 5
-    losses += go_on(training, 5)
+    losses += go_on(training, 5, kind)
     training.save()
     training.finish()
     weights = dict(training.module.state_dict())
