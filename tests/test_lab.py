@@ -90,6 +90,9 @@ def test_a_notebook_is_talked_to(lab: str) -> None:
     with chromium.opened(lab) as site:
         page = site.open("lab/tree/live.ipynb", width=1300)
         expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(2)
+        # a cell that is run before the kernel answers is not run at all
+        expect(page.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute("data-status", "idle")
+        page.locator(".jp-Cell").nth(0).locator(".jp-InputArea-editor").click()
         run = "name => window.jupyterapp.commands.execute(name)"
         page.evaluate(run, "notebook:run-cell-and-select-next")
         live = page.locator(".jp-OutputArea-output .nm-conversation")
