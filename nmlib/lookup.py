@@ -1,7 +1,8 @@
 """Exercises in finding what was said: what a small model must learn that a pretrained language model brings along.
 
 An exercise is a dialogue without pictures. Somebody says a few words in each round; now and then one of the words is
-asked for, or the n-th round, and the reply gives the number of the round in question. Where people have names, some
+asked for, or the n-th round, and the reply gives the number of the round in question. `before tree` asks for the
+number that stood behind `tree` in an earlier reply: that of the round before. Where people have names, some
 rounds mix a name into other words, and the reply repeats the name and the round that first said it. Nothing in it
 goes back to a picture and no instruction of the data sets occurs, so a model that was trained on it has seen no
 rollback and no introduction; but it can look up a word, it knows what `third` means and which words are names.
@@ -19,9 +20,10 @@ from nmlib.sources import Source
 Dialogue = list[tuple[str, str]]  # what is said in each round, and the reply
 
 ASK_SHARE, NUMBER_SHARE = 0.6, 0.25  # of rounds that ask, and of these that ask for the n-th round
+BEFORE_SHARE = 0.4  # of the questions for a word, where one has a number behind it
 NAME_SHARE, OLD_NAME_SHARE = 0.5, 0.75  # of rounds with a name where there are names, and of these with one said before
 MOST_WORDS = 5
-RESERVED = (phrases.SAID, "to")  # words of the replies
+RESERVED = (phrases.SAID, phrases.BEFORE, "to")  # words of the replies
 
 
 def spoken_words(source: Source) -> tuple[str, ...]:
@@ -41,25 +43,31 @@ def exercise(words: Sequence[str], names: Sequence[str], rounds: int, rng: rando
     """
     dialogue: Dialogue = []
     said: dict[str, int] = {}
+    starts: dict[str, int] = {}  # the number behind a word in a reply
     for index in range(rounds):
         if names and rng.random() < NAME_SHARE:
             dialogue.append(_with_a_name(words, names, said, index, rng))
         elif said and rng.random() < ASK_SHARE:
-            dialogue.append(_question(said, index, rng))
+            dialogue.append(_question(said, starts, index, rng))
         else:
             fresh = rng.sample([word for word in words if word not in said], rng.randint(2, MOST_WORDS))
             said |= dict.fromkeys(fresh, index)
-            before = f"{phrases.marker(index - 1)} to " if index else ""
-            dialogue.append((" ".join(fresh), f"{fresh[-1]} {before}{phrases.marker(index)}"))
+            start = ""
+            if index:
+                start, starts[fresh[-1]] = f"{phrases.marker(index - 1)} to ", index - 1
+            dialogue.append((" ".join(fresh), f"{fresh[-1]} {start}{phrases.marker(index)}"))
     return dialogue
 
 
-def _question(said: dict[str, int], index: int, rng: random.Random) -> tuple[str, str]:
-    """A round that asks for a word that was said, or for an earlier round by its number."""
+def _question(said: dict[str, int], starts: dict[str, int], index: int, rng: random.Random) -> tuple[str, str]:
+    """A round that asks for an earlier one: by its number, by a word said there, or by a word said right after it."""
     here = phrases.marker(index)
     if rng.random() < NUMBER_SHARE:
         place = rng.randrange(min(index, len(phrases.ORDINALS)))
         return phrases.ORDINALS[place], f"{phrases.marker(place)} to {here}"
+    if starts and rng.random() < BEFORE_SHARE:
+        word = rng.choice(sorted(starts))
+        return f"{phrases.BEFORE} {word}", f"{phrases.BEFORE} {word} {phrases.marker(starts[word])} to {here}"
     word = rng.choice(sorted(said))
     return f"{phrases.SAID} {word}", f"{phrases.SAID} {word} {phrases.marker(said[word])} to {here}"
 

@@ -60,7 +60,7 @@ CONTENT_LOOK = (
     "return to the picture before {look}",
     "undo everything since {look}",
 )
-SAID = "said"
+SAID, BEFORE = "said", "before"
 CONTENT_QUOTE = ("go back to the one before i said {quote}", "return to the picture before i said {quote}")
 START = (
     "start over",
@@ -277,7 +277,7 @@ def response(
     if name:
         parts = [SAID, name, *start]
     elif before:
-        parts = ["before", before, *start, *(["then", edit] if edit else [])]
+        parts = [BEFORE, before, *start, *(["then", edit] if edit else [])]
     else:
         parts = [*([edit] if edit else []), *start]
     parts += ["to", marker(index)] if parts else [marker(index)]

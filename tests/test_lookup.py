@@ -16,7 +16,7 @@ WORDS = lookup.spoken_words(SOURCE)
 
 
 def test_words_are_no_names_and_no_words_of_replies() -> None:
-    assert not set(WORDS) & {*SOURCE.names, "said", "to"}
+    assert not set(WORDS) & {*SOURCE.names, "said", "before", "to"}
     assert {"hat", "blue", "third"} <= set(WORDS)
 
 
@@ -24,6 +24,7 @@ def test_words_are_no_names_and_no_words_of_replies() -> None:
 @given(seed=st.integers(0, 10**6), rounds=st.integers(1, 12), named=st.booleans())
 def test_every_question_has_the_answer_that_the_reply_gives(seed: int, rounds: int, named: bool) -> None:
     said: dict[str, int] = {}
+    behind: dict[str, str] = {}
     names = SOURCE.names if named else ()
     for index, (text, reply) in enumerate(lookup.exercise(WORDS, names, rounds, random.Random(seed))):
         here = phrases.marker(index)
@@ -32,6 +33,9 @@ def test_every_question_has_the_answer_that_the_reply_gives(seed: int, rounds: i
         if text.startswith("said "):
             word = text.removeprefix("said ")
             assert reply == f"said {word} {phrases.marker(said[word])} to {here}"
+        elif text.startswith("before "):
+            word = text.removeprefix("before ")
+            assert reply == f"before {word} {behind[word]} to {here}" and behind[word] == phrases.marker(said[word] - 1)
         elif called:
             assert named and len(called) == 1
             for word in text.split():
@@ -45,6 +49,8 @@ def test_every_question_has_the_answer_that_the_reply_gives(seed: int, rounds: i
             assert not set(fresh) & set(said) and len(set(fresh)) == len(fresh)
             said |= dict.fromkeys(fresh, index)
             assert reply.split()[0] == fresh[-1]
+            if index:
+                behind[fresh[-1]] = reply.split()[1]
 
 
 def test_names_come_back_and_held_out_ones_are_known_as_words() -> None:
