@@ -70,6 +70,7 @@ def train(
     stage: Annotated[str, typer.Option(help="Stage of the params file, or `encoder` or `detokenizer`.")],
     params: ParamsOption = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Added to the run's seed, for intervals over seeds.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="Folder of SEED-X's weights, for params like `paper`.")] = None,
 ) -> None:
     """Train one stage with all it starts from; under `accelerate launch` in several processes."""
     from nmlib import jobs  # loads the model libraries, which takes seconds
@@ -78,11 +79,30 @@ def train(
 
     opened = Project.find().open(params)
     try:
-        history = jobs.train_one(opened, stage, seed)
+        history = jobs.train_one(opened, stage, seed, weights)
     except (CheckpointError, ValueError, FloatingPointError) as error:
         raise RunError(str(error)) from None
     if processes().is_main_process:
         typer.echo(f"{stage}: {json.dumps(history[-1])}")
+
+
+@app.command()
+def evaluate(
+    stage: Annotated[str, typer.Option(help="Stage of the params file that was trained.")],
+    name: Annotated[str, typer.Option(help="Imported data set, of which the held-out part is asked.")],
+    weights: Annotated[Path, typer.Option(help="Folder of the weights that the training began with.")],
+    params: ParamsOption = "paper",
+) -> None:
+    """Measure whether a SEED-X that was trained here finds the picture that it is sent back to."""
+    from nmlib import seedx_evaluation  # loads the model libraries, which takes seconds
+    from nmlib.checkpoint import CheckpointError
+    from nmlib.conversation import ConversationError
+
+    try:
+        found = seedx_evaluation.evaluate(Project.find().open(params), stage, name, weights)
+    except (CheckpointError, ConversationError) as error:
+        raise RunError(str(error)) from None
+    typer.echo(found.to_string(index=False, float_format="{:.3f}".format))
 
 
 @app.command()
@@ -243,6 +263,31 @@ def inspect_data(
     except ReadError as error:
         raise RunError(str(error)) from None
     typer.echo("\n\n".join("\n".join(findings.lines()) for findings in found))
+
+
+@data_app.command("import")
+def import_data(
+    paths: Annotated[list[Path], typer.Argument(help="Folders of editing data sets.")],
+    name: Annotated[str, typer.Option(help="Data set of the params file that they become.")],
+    params: ParamsOption = "paper",
+    max_rejected: Annotated[float, typer.Option(min=0, max=1, help="Share of bad rows that is accepted.")] = 0.05,
+    password: Annotated[str | None, typer.Option(help="Of a zip file.")] = None,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="Folder of a diffusers pipeline that makes new edits after a rollback.")
+    ] = None,
+) -> None:
+    """Make data sets on disk into one of a params file: chains of edits, with rollbacks where it asks for them."""
+    from nmlib.conversation import ConversationError
+    from nmlib.full_body import FullBodyError
+    from nmlib.imports import import_set
+    from nmlib.readers import ReadError
+
+    opened = Project.find().open(params)
+    try:
+        found = import_set(opened, name, paths, max_rejected=max_rejected, password=password, pipeline=pipeline)
+    except (ReadError, ConversationError, FullBodyError) as error:
+        raise RunError(str(error)) from None
+    typer.echo("\n".join(found.lines()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,8 +4,9 @@ Files and keys are those of the notebooks, which find what was made here and do 
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from nmlib import codec, curriculum, data, experiments
+from nmlib import codec, curriculum, data, experiments, seedx_training
 from nmlib.config import StageConfig
 from nmlib.runtime import Run, RunError
 from nmlib.train import History
@@ -13,20 +14,27 @@ from nmlib.train import History
 ENCODER, DETOKENIZER = "encoder", "detokenizer"
 
 
-def train_one(run: Run, name: str, seed: int = 0) -> History:
+def train_one(run: Run, name: str, seed: int = 0, weights: Path | None = None) -> History:
     """Train encoder, detokenizer or a stage, before it whatever it needs; what is made already is left as it is.
+
+    A params file with a `seedx:` block trains SEED-X's own class, which begins with released weights.
 
     Args:
         run: takes the files.
         name: `encoder`, `detokenizer` or the name of a stage.
         seed: added to the run's seed; of stages only.
+        weights: folder of SEED-X's weights, with the encoder in it or beside it; of `seedx:` only.
 
     Returns:
         Loss history.
 
     Raises:
-        RunError: there is no such stage, or a data set was not drawn yet.
+        RunError: there is no such stage, a data set was not drawn or imported yet, or weights are missing or of no use.
     """
+    if run.params.seedx is not None:
+        return _train_seedx(run, name, seed, weights)
+    if weights is not None:
+        raise RunError(f"--weights {weights}: {run.params.name} has no `seedx:` block, its models begin with nothing")
     stages = _with_earlier(run, name) if name not in (ENCODER, DETOKENIZER) else []
     _require_drawn(run, {part for stage in stages for part in stage.data})
     source = data.open_source(run.params.source)
@@ -36,6 +44,16 @@ def train_one(run: Run, name: str, seed: int = 0) -> History:
     for stage in stages:
         history = curriculum.train_stage(run, stage.name, experiments.read_sets(run, stage.data), seed)
     return history
+
+
+def _train_seedx(run: Run, name: str, seed: int, weights: Path | None) -> History:
+    if name in (ENCODER, DETOKENIZER):
+        raise RunError(f"{run.params.name}: SEED-X's {name} comes with its weights; name a stage")
+    if weights is None:
+        raise RunError(f"{run.params.name}: SEED-X begins with released weights; give their folder with --weights")
+    stages = _with_earlier(run, name)
+    _require_drawn(run, {part for stage in stages for part in stage.data})
+    return [seedx_training.train_stage(run, stage.name, weights, seed) for stage in stages][-1]
 
 
 def _with_earlier(run: Run, name: str) -> list[StageConfig]:
@@ -53,7 +71,9 @@ def _require_drawn(run: Run, names: Iterable[str]) -> None:
     for name in sorted(names):
         folder = run.path("data", name)
         if not (folder / "rounds.parquet").is_file():
-            raise RunError(
-                f"{folder}: data set {name!r} was not drawn yet; run the notebooks that draw them first: "
+            drawn = (
+                f"was not drawn yet; run the notebooks that draw them first: "
                 f"`python -m nmlib run --params {run.name} --only 01`, likewise 02, and 07 for people"
             )
+            brought = f"was not imported yet: `python -m nmlib data import FOLDER --params {run.name} --name {name}`"
+            raise RunError(f"{folder}: data set {name!r} {drawn if run.params.seedx is None else brought}")

@@ -29,12 +29,24 @@ def call(project_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 def test_help_names_every_verb(call: Any) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    for verb in ("run", "train", "book", "params", "results", "chat", "bench", "plan", "checkpoint", "data"):
+    for verb in (
+        "run",
+        "train",
+        "evaluate",
+        "book",
+        "params",
+        "results",
+        "chat",
+        "bench",
+        "plan",
+        "checkpoint",
+        "data",
+    ):
         assert f"  {verb} " in out
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "train", "book", "params", "results", "chat", "bench", "plan", "checkpoint", "data"]
+    "verb", ["run", "train", "evaluate", "book", "params", "results", "chat", "bench", "plan", "checkpoint", "data"]
 )
 def test_help_of_every_verb(call: Any, verb: str) -> None:
     code, out, _ = call(verb, "--help")

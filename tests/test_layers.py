@@ -34,6 +34,7 @@ LAYERS = (
     (
         "archives",
         "batches",
+        "chains",
         "clips",
         "compliance",
         "data",
@@ -44,6 +45,7 @@ LAYERS = (
         "frames",
         "full_body",
         "identity",
+        "imports",
         "inspection",
         "layout",
         "links",
@@ -56,6 +58,7 @@ LAYERS = (
         "references",
         "resampler",
         "rollback",
+        "stored_sets",
         "vision",
     ),
     ("seedx_adapter", "seedx_files", "seedx_vision"),
@@ -75,6 +78,8 @@ LAYERS = (
         "people_experiments",
         "plan_stages",
         "quality",
+        "seedx_evaluation",
+        "seedx_training",
         "workloads",
     ),
     (

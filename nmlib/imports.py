@@ -1,0 +1,194 @@
+"""Data sets on disk as the data sets of a params file: `python -m nmlib data import`.
+
+What notebooks draw in a world is read here from folders: chains of edits, given ways back where the params file asks
+for rollbacks, and clips of faces, which become conversations about people by name. The result lies where a stage looks
+for it, with about one conversation in twenty held out beside it.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain as chained
+from pathlib import Path
+
+from nmlib import personalization
+from nmlib.chains import Painter, longest_chain, with_rollbacks
+from nmlib.config import DataConfig, Params
+from nmlib.conversation import Conversation
+from nmlib.face_sets import HDTF, VFHQ, CelebV
+from nmlib.folder_clips import FolderClips
+from nmlib.full_body import open_pipeline
+from nmlib.inspection import Markov, StoredConversations, recognise
+from nmlib.readers import Reader, ReadError, Rows
+from nmlib.runtime import Run, progress, write_json
+from nmlib.stored_sets import writing
+
+HELDOUT = "heldout"
+HELDOUT_ONE_IN = 20
+OTHER_SPLITS = ("dev", "val", "validation", "test")
+LONGEST_POOL = 10_000  # instructions that a painter chooses from
+
+
+@dataclass
+class Imported:
+    """What became of a data set.
+
+    Args:
+        kept: conversations written, train and held-out.
+        heldout: of these, how many are held out.
+        short: chains of one picture, which show no edit.
+        rejected: rows that could not be read, by reason.
+        before, after: how Markov the chains were, and how Markov the conversations made of them are.
+    """
+
+    kept: int = 0
+    heldout: int = 0
+    short: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    before: Markov = field(default_factory=Markov)
+    after: Markov = field(default_factory=Markov)
+
+    def lines(self) -> list[str]:
+        """The same in words."""
+        bad = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rejected.items())) or "none"
+        lines = [
+            f"kept        {self.kept} conversations, {self.heldout} of them held out",
+            f"left out    {self.short} of one picture; rows rejected: {bad}",
+        ]
+        if self.before.rounds:
+            lines.append(f"Markov      {self.before.share:.3f} as it was, {self.after.share:.3f} as it is stored")
+        return lines
+
+
+def is_heldout(id_: str) -> bool:
+    """Whether a conversation is kept from training; depends on its name alone."""
+    return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest()) % HELDOUT_ONE_IN == 0
+
+
+def picture_size(params: Params) -> int:
+    """Pixels a side of the pictures that a params file trains on."""
+    return params.source.image_size if params.seedx is None else params.seedx.vision.image_size
+
+
+def import_set(
+    run: Run,
+    name: str,
+    paths: Sequence[Path],
+    *,
+    max_rejected: float = 0.05,
+    password: str | None = None,
+    pipeline: Path | None = None,
+) -> Imported:
+    """Read folders, make of them what the params file says of a data set, and store it.
+
+    A data set of `data:` is made of editing chains, one of `people:` of folders of face clips (`FolderClips`).
+
+    Args:
+        run: takes `data/<name>`, and defines the data set in its params file.
+        name: of the data set.
+        paths: folders of data sets, read one after the other; of face clips one.
+        max_rejected: share of bad rows above which reading stops.
+        password: of a zip file.
+        pipeline: folder of a diffusers pipeline that makes new edits after a rollback.
+
+    Raises:
+        ReadError: no such data set in the params file; nothing readable or trainable in a folder; too many bad rows.
+        ConversationError: too few people in a folder of clips, or frames that cannot be used.
+    """
+    params = run.params
+    if name in params.people:
+        return _import_people(run, name, paths)
+    if name not in params.data:
+        there = sorted([*params.data, *params.people])
+        raise ReadError(f"{params.name}: no data set {name!r}; `data:` and `people:` define {there}")
+    settings, found, folder = params.data[name], Imported(), run.path("data", name)
+    readers = [
+        Reader(rows, max_rejected) for path in paths for rows in _trainable(path, picture_size(params), password)
+    ]
+    painter = None if pipeline is None else Painter(open_pipeline(pipeline), _pool(paths, password))
+    rng = random.Random(f"{params.seed}.{name}")
+    conversations = progress(chained.from_iterable(readers), total=settings.conversations, desc=f"import {name}")
+    with writing(folder) as add, writing(folder / HELDOUT) as hold_out:
+        for conversation in _made(conversations, settings, rng, painter, found):
+            held = is_heldout(conversation.id)
+            (hold_out if held else add)(conversation)
+            found.kept, found.heldout = found.kept + 1, found.heldout + held
+            if found.kept == settings.conversations:
+                break
+    for reader in readers:
+        for reason, count in reader.report.rejected.items():
+            found.rejected[reason] = found.rejected.get(reason, 0) + count
+    if found.kept == found.heldout:
+        raise ReadError(f"{paths[0]}: {found.kept} conversations, none of them to train on; expected a larger data set")
+    write_json(folder / "import.json", asdict(found))
+    return found
+
+
+def _import_people(run: Run, name: str, paths: Sequence[Path]) -> Imported:
+    """Conversations by name about the people of a folder of clips, a few at a time."""
+    params, found, folder = run.params, Imported(), run.path("data", name)
+    settings = params.people[name]
+    if len(paths) != 1:
+        raise ReadError(f"{name}: {len(paths)} folders of clips; expected one, so that no person is in it twice")
+    if settings.face_weight != 1:
+        raise ReadError(f"{name}: face_weight {settings.face_weight:g} needs a world that knows its faces; set it to 1")
+    source = FolderClips(paths[0], picture_size(params))
+    with writing(folder) as add, writing(folder / HELDOUT) as hold_out:
+        for number in progress(range(settings.conversations), desc=f"import {name}"):
+            split = "train" if number % HELDOUT_ONE_IN else HELDOUT
+            one = settings.model_copy(update={"conversations": 1})
+            seed = params.seed * 1_000_003 + number
+            (told,) = personalization.build_conversations(source, one, seed=seed, split=split)
+            (add if split == "train" else hold_out)(replace(told, id=f"{name}-{number:06d}").validate())
+            found.kept, found.heldout = found.kept + 1, found.heldout + (split == HELDOUT)
+            found.after.add(told)
+    write_json(folder / "import.json", asdict(found))
+    return found
+
+
+def _trainable(path: Path, size: int | None, password: str | None) -> list[Rows[Conversation]]:
+    """The data sets in a folder that may be trained on, held to being conversations with pictures."""
+    found = [rows for rows in recognise(path, size, password) if rows.kind.rpartition(", ")[2] not in OTHER_SPLITS]
+    for rows in found:
+        if rows.evaluation_only:
+            raise ReadError(f"{rows.root}: {rows.kind}: its makers ask that nothing is trained on it")
+        if isinstance(rows, (CelebV, VFHQ, HDTF)):
+            raise ReadError(f"{rows.root}: {rows.kind}: clips of faces; expected chains of edits")
+        if isinstance(rows, StoredConversations):
+            raise ReadError(f"{rows.root}: was imported or drawn already; give the folder that it was made from")
+    if not found:
+        raise ReadError(f"{path}: holds only the splits {', '.join(OTHER_SPLITS)}, on which nothing is trained")
+    return found
+
+
+def _made(
+    conversations: Iterable[Conversation],
+    settings: DataConfig,
+    rng: random.Random,
+    painter: Painter | None,
+    found: Imported,
+) -> Iterator[Conversation]:
+    """Conversations as the settings want them; one that goes back by itself stays as it is, cut to their length."""
+    for conversation in conversations:
+        found.before.add(conversation)
+        cut = conversation.prefix(max(settings.rounds))
+        if len(cut) < 2:
+            found.short += 1
+            continue
+        if settings.rollback_share and cut.is_markov:
+            split = HELDOUT if is_heldout(cut.id) else "train"
+            cut = with_rollbacks(longest_chain(conversation), settings, rng, split, painter)
+        found.after.add(cut)
+        yield cut.validate()
+
+
+def _pool(paths: Sequence[Path], password: str | None) -> list[str]:
+    """Instructions of edits in these data sets, their pictures not opened."""
+    readers = [Reader(rows, 1.0) for path in paths for rows in _trainable(path, None, password)]
+    said: list[str] = []
+    for conversation in chained.from_iterable(readers):
+        said += [item.instruction for item in conversation.rounds if item.kind == "edit"]
+        if len(said) >= LONGEST_POOL:
+            break
+    return said

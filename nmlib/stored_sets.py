@@ -1,0 +1,97 @@
+"""Data sets too large for memory: written conversation by conversation, read picture by picture.
+
+The files are those of `storage.save_conversations`. What was said is kept in memory, pictures stay on disk until they
+are taken.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import datasets
+from pyarrow import parquet
+
+from nmlib.conversation import Conversation, ConversationError
+from nmlib.data import ConversationFeatures
+from nmlib.runtime import atomic_path, write_json
+from nmlib.storage import FEATURES, from_dataset, load_json, to_dataset, to_json
+
+CHUNK = 32  # conversations whose pictures are in memory at once
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[Callable[[Conversation], None]]:
+    """A function that adds a conversation to a data set folder, which appears when the block ends without an error."""
+    told, waiting = [], list[Conversation]()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    with (
+        atomic_path(folder / "rounds.parquet") as temporary,
+        parquet.ParquetWriter(temporary, FEATURES.arrow_schema) as writer,
+    ):
+
+        def flush() -> None:
+            if waiting:
+                writer.write_table(to_dataset(waiting).data.table.cast(FEATURES.arrow_schema))
+            waiting.clear()
+
+        def add(conversation: Conversation) -> None:
+            told.append(to_json(conversation))
+            waiting.append(conversation)
+            if len(waiting) == CHUNK:
+                flush()
+
+        yield add
+        flush()
+    write_json(folder / "conversations.json", told)
+
+
+class StoredSet:
+    """Conversations of a folder, with their pictures when they are taken.
+
+    Args:
+        folder: written by `writing` or by `storage.save_conversations`.
+        keep: which conversations are used, judged without their pictures; all by default.
+
+    Raises:
+        ConversationError: the folder is missing, damaged, or its two files are not of one writing; or none is kept.
+    """
+
+    def __init__(self, folder: Path, keep: Callable[[Conversation], bool] = lambda conversation: True) -> None:
+        path = folder / "rounds.parquet"
+        told = load_json(folder / "conversations.json")
+        try:
+            rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder / ".cache"), features=FEATURES)
+        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+            raise ConversationError(f"{path}: damaged or truncated ({error}); delete it and build it again") from None
+        self.path, self._rows = path, cast(datasets.Dataset, rows)
+        starts = [0]
+        for conversation in told:
+            starts.append(starts[-1] + len(conversation))
+        if starts[-1] != len(self._rows):
+            raise ConversationError(
+                f"{path}: {len(self._rows)} rows, but conversations.json beside it has {starts[-1]} rounds; "
+                "build the data set again"
+            )
+        chosen = [index for index, conversation in enumerate(told) if keep(conversation)]
+        if not chosen:
+            raise ConversationError(f"{path}: none of its {len(told)} conversations can be used; build it with others")
+        self.dropped = len(told) - len(chosen)
+        self._places = [(starts[index], starts[index + 1]) for index in chosen]
+        self._told = ConversationFeatures([told[index] for index in chosen], [])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def batch(self, step: int, pictures: int, seed: int) -> list[Conversation]:
+        """Conversations of one length, about `pictures` pictures in all; a pure function of step and seed."""
+        return self.take(self._told.batch_indices(step, pictures, seed))
+
+    def take(self, indices: Sequence[int]) -> list[Conversation]:
+        """Conversations with their pictures, every row checked."""
+        found = []
+        for index in indices:
+            start, stop = self._places[index]
+            found += from_dataset(self._rows.select(range(start, stop)), f"{self.path}, from row {start}")
+        return found
