@@ -47,20 +47,42 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[float]], 
     return one_process(tmp_path_factory.mktemp("alone"))
 
 
+def without_key_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights but for the keys' third of each `in_proj_bias`.
+
+    A bias of keys adds the same number to all scores of a query, which softmax forgets: its gradient is nothing but
+    rounding, and Adam makes steps of full length of it.
+    """
+    kept = dict(weights)
+    for name in [name for name in weights if name.endswith("attn.in_proj_bias")]:
+        queries, _, values = weights[name].chunk(3)
+        kept[name] = torch.cat([queries, values])
+    return kept
+
+
 @pytest.mark.parametrize("kind", ["copies", "sharded", "words"])
 def test_two_processes_equal_one(alone: Any, tmp_path: Path, kind: str) -> None:
-    """Ten losses to 1e-4, with noise, dropout, own predictions and a checkpoint in between; copied weights agree too.
-
-    Sharded weights are not compared: after ten steps `output_resampler.attn.in_proj_bias` differs by more than 1e-3,
-    and why is not known.
-    """
+    """Ten losses and the weights after them, with noise, dropout, own predictions and a checkpoint in between."""
     own_losses, own_weights = one_process(tmp_path / "one", kind) if kind == "words" else alone
     losses, weights = launch(tmp_path / kind, kind)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(own_losses), rtol=0, atol=1e-4)
     assert weights.keys() == own_weights.keys()
-    for name, tensor in own_weights.items() if kind != "sharded" else ():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    found = without_key_biases(weights)
+    for name, tensor in without_key_biases(own_weights).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
     assert losses[0] != losses[-1]
+
+
+def test_a_bias_of_keys_has_no_gradient_but_rounding() -> None:
+    model, template = make_model()
+    told = conversations()
+    features = torch.randn(len(told), max(map(len, told)), model.tokens_per_image, model.feature_dim)
+    model(template.packed(told), features).total.backward()
+    for part in (model.input_resampler, model.output_resampler):
+        gradient = part.attn.in_proj_bias.grad
+        assert gradient is not None
+        queries, keys, values = (third.abs().max() for third in gradient.chunk(3))
+        assert keys < 1e-4 * min(queries, values)
 
 
 def test_repeated_forward_passes_change_nothing(alone: Any, tmp_path: Path) -> None:
