@@ -20,6 +20,7 @@ from layouts import (
 )
 from PIL import Image, ImageOps
 from test_archives import write_zip
+from test_cli import call  # noqa: F401
 from toy import conversations, open_run, raised
 
 from nmlib.chains import ChainEditor, Painter, clause, longest_chain, with_rollbacks
@@ -305,3 +306,17 @@ def test_clips_are_refused_with_a_reason(tmp_path: Path) -> None:
     text = raised(lambda: import_set(run, "weighed", [clips]), ReadError)
     assert text == "weighed: face_weight 2 needs a world that knows its faces; set it to 1"
     assert "expected 1 or more" in raised(lambda: import_set(run, "named", [clips]), ConversationError)
+
+
+def test_the_command_imports_and_says_what_it_made(call: Any, project_root: Path, tmp_path: Path) -> None:  # noqa: F811
+    """In the project of the command line's tests, whose params file has a data set `rollback`."""
+    sessions = write_sessions(tmp_path / "magicbrush")
+    code, out, err = call("data", "import", str(sessions), "--params", "tiny", "--name", "rollback")
+    assert code == 0, err
+    assert out.startswith("kept ") and "rows rejected: none" in out and "Markov      1.000 as it was" in out
+    assert (project_root / "runs" / "tiny" / "data" / "rollback" / "rounds.parquet").is_file()
+    code, _, err = call("data", "import", str(sessions), "--params", "tiny", "--name", "other")
+    assert code == 1 and "no data set 'other'" in err.splitlines()[-1]
+    words = ("--stage", "rollback", "--name", "rollback", "--weights", str(tmp_path))
+    code, _, err = call("evaluate", "--params", "tiny", *words)
+    assert code == 1 and "conversations.json" not in err.splitlines()[-1] and "not trained" in err.splitlines()[-1]
