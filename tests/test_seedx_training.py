@@ -32,10 +32,10 @@ def write_params(folder: Path, **changes: Any) -> Run:
     """A run of `paper.yaml` with SEED-X and everything about its training made small."""
     raw = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
     sizes = seedx_toy.settings(max_length=200).model_dump(mode="json")
-    optim = {"steps": 4, "batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 1, "checkpoint_every": 2}
+    optim = {"steps": 4, "batch_size": 12, "learning_rate": 3e-3, "warmup_steps": 1, "checkpoint_every": 2, "parts": 2}
     for settings in [*raw["data"].values(), *raw["people"].values()]:
         settings |= {"conversations": 60}
-    stages = [stage | {"optim": optim} for stage in raw["stages"]]
+    stages = [stage | {"optim": stage["optim"] | optim} for stage in raw["stages"]]
     raw |= {
         "name": "toy",
         "threads": 1,
@@ -58,6 +58,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path, list[A
     for name in ("base", "rollback"):
         import_set(run, name, [sessions])
     return run, weights, jobs.train_one(run, "rollback", weights=weights)
+
+
+def test_the_stages_as_shipped_can_be_shared_by_eight_cards() -> None:
+    for stage in config.load(PAPER).stages:
+        assert stage.optim.parts % 8 == 0 and stage.optim.activation_checkpointing, stage.name
 
 
 def test_a_stage_is_a_folder_that_loads_and_answers(trained: tuple[Run, Path, list[Any]]) -> None:
@@ -125,7 +130,7 @@ def test_parts_add_up_and_each_reads_its_own_pictures(trained: tuple[Run, Path, 
     assert system.vit is not None
     reader = PictureReader(system.agent, system.vit).eval()
     stage = run.params.stage("rollback")
-    optim = stage.optim.model_copy(update={"batch_size": 13})
+    optim = stage.optim.model_copy(update={"batch_size": 13, "parts": 1})
     stage = stage.model_copy(update={"predicted_history": 0.0, "supervision": "packed", "optim": optim})
     sets = {"rollback": StoredSet(run.path("data", "rollback"))}
     batch = stage_batches(stage, sets, system.template, 0)(3)
