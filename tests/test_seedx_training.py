@@ -15,11 +15,11 @@ from toy import raised
 
 from nmlib import config, curriculum, jobs, runtime, seedx_evaluation, seedx_training, train
 from nmlib.checkpoint import CheckpointError
-from nmlib.conversation import to_picture
+from nmlib.conversation import Conversation, Round, to_picture
 from nmlib.imports import import_set
 from nmlib.runtime import Run, RunError
 from nmlib.seedx_checkpoint import from_pretrained
-from nmlib.seedx_evaluation import nearest_picture, predict_rounds, retrieval_table
+from nmlib.seedx_evaluation import nearest_picture, predict_rounds, retrieval_rows, retrieval_table
 from nmlib.seedx_generate import SeedXChat, Shown
 from nmlib.seedx_training import PictureReader, open_stage, stage_batches, stage_settings, to_clip
 from nmlib.seedx_vision import to_pixels
@@ -174,6 +174,34 @@ def test_one_batch_is_overfitted(trained: tuple[Run, Path, list[Any]]) -> None:
     assert images[-1] < 0.25 * images[0]
 
 
+def test_what_is_trained_is_kept_in_32_bits(trained: tuple[Run, Path, list[Any]]) -> None:
+    """Beside frozen weights in 16; a step in mixed numbers gives a gradient to all of it."""
+    run, weights, _ = trained
+    system = from_pretrained(weights, seedx_toy.settings(max_length=200), torch.bfloat16)
+    assert system.vit is not None
+    stage = run.params.stage("rollback")
+    seedx_training._prepare(system.agent, stage)
+    kinds = {(p.requires_grad, p.dtype) for p in system.agent.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    batch = stage_batches(stage, {"rollback": StoredSet(run.path("data", "rollback"))}, system.template, 0)(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = PictureReader(system.agent, system.vit)(**batch)
+    losses.total.backward()
+    assert losses.total.isfinite()
+    without = [name for name, p in system.agent.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_predictions_enter_the_history_by_a_ramp(trained: tuple[Run, Path, list[Any]]) -> None:
+    run, *_ = trained
+    stage = run.params.stage("rollback")
+    batch_at = stage_batches(stage, {"rollback": StoredSet(run.path("data", "rollback"))}, seedx_toy.template(), 0)
+    late = [batch_at(step)["replaced"] for step in range(stage.optim.steps - 1, 40)]
+    assert batch_at(0)["replaced"] is None
+    shares = torch.cat([replaced.float().flatten() for replaced in late])
+    assert abs(float(shares.mean()) - stage.predicted_history) < 0.1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # what does not fit
 
@@ -254,6 +282,26 @@ def test_retrieval_asks_every_way_back_and_knows_a_perfect_model(
         assert set(table["history"]) == {"own", "clean"} and (table["depth"] >= 1).all() and (table["chance"] < 1).all()
         shares[name] = table["right"].mean()
     assert shares == {"perfect": 1.0, "last": 0.0}
+
+
+def test_a_way_back_to_what_is_shown_already_is_not_asked(trained: tuple[Run, Path, list[Any]]) -> None:
+    """Nor is a branch, which shows what no earlier picture shows."""
+    run, weights, _ = trained
+    system = open_stage(run, "rollback", weights)
+    assert system.vit is not None
+    first, second, third = torch.randint(256, (3, 3, seedx_toy.SIDE, seedx_toy.SIDE)).byte()
+    rounds = (
+        Round("here is a picture", "upload"),
+        Round("make the hat red", "edit", 0),
+        Round("go back", "rollback", 0, reference="count"),
+        Round("go back to the first picture", "rollback", 0, reference="ordinal"),
+        Round("go back to #2 and make it blue", "rollback", 1, reference="ordinal"),
+    )
+    images = torch.stack([first, second, first, first, third])
+    told = [Conversation("a", "chains", rounds, images).validate()]
+    reader = PictureReader(system.agent, system.vit).eval()
+    rows = retrieval_rows(reader, system.template.packed(told), told)
+    assert [(row["history"], row["depth"], row["chance"]) for row in rows] == [("own", 1, 0.5), ("clean", 1, 0.5)]
 
 
 def test_own_history_is_what_was_predicted(trained: tuple[Run, Path, list[Any]]) -> None:
