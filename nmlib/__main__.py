@@ -265,6 +265,29 @@ def inspect_data(
     typer.echo("\n\n".join("\n".join(findings.lines()) for findings in found))
 
 
+@data_app.command("clips")
+def clips_of(
+    paths: Annotated[list[Path], typer.Argument(help="Videos or folders of pictures, one person in each.")],
+    to: Annotated[Path, typer.Option(help="Folder that gets a folder of frames for every person.")],
+    size: Annotated[int, typer.Option(min=16, help="Pixels a side of the frames.")] = 448,
+    zoom: Annotated[float, typer.Option(min=1, help="Side of a frame over the side of the face in it.")] = 2.0,
+    min_frames: Annotated[int, typer.Option(min=2, max=64, help="Fewest frames of a person that is kept.")] = 4,
+) -> None:
+    """Cut people out of videos: frames with one face that is not somebody else's; `data import` makes them talk."""
+    from nmlib.clips import build_clips, write_clips
+    from nmlib.config import ClipConfig
+    from nmlib.faces import DlibEmbedder, FaceDetector
+    from nmlib.frames import ClipError
+    from nmlib.identity import IdentityError
+
+    try:
+        manifest = build_clips(paths, ClipConfig(min_frames=min_frames), FaceDetector(), DlibEmbedder())
+        write_clips(manifest, to, size, zoom)
+    except (ClipError, IdentityError) as error:
+        raise RunError(str(error)) from None
+    typer.echo(f"clips: {manifest.clip_counts}; frames: {manifest.frame_counts}; see {to / 'manifest.json'}")
+
+
 @data_app.command("import")
 def import_data(
     paths: Annotated[list[Path], typer.Argument(help="Folders of editing data sets.")],

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nmlib import phrases
-from nmlib.cache import PrefixCache
 from nmlib.layout import Template
+from nmlib.prefix_cache import PrefixCache
 
 MAX_REPLY = 16
 Choose = Callable[[Tensor, Sequence[Sequence[int]], int], list[int]]

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from nmlib import phrases
 from nmlib.answer import Choose, answer
-from nmlib.cache import CacheError, Node, PrefixCache, TokenCache
+from nmlib.cache import CacheError, Node, TokenCache
 from nmlib.conversation import PICTURE_ERRORS, Conversation, ConversationError, Round, from_picture, to_picture
 from nmlib.detokenizer import Detokenizer
 from nmlib.layout import BOI, Template
 from nmlib.mllm import HistoryMLLM
+from nmlib.prefix_cache import PrefixCache
 from nmlib.prefix_tree import MAX_BYTES, PrefixTree
 from nmlib.vision import VisionTransformer
 

@@ -1,7 +1,8 @@
 """Identity clips: which frames of videos and picture folders show one person, and why the others were left out.
 
 `build_clips` looks at every frame and writes nothing but numbers: a manifest says for each frame whether it was kept,
-by what measure, and where its aligned face lies. The faces are cut from the files when they are asked for.
+by what measure, and where its aligned face lies. The faces are cut from the files when they are asked for, or written
+with what surrounds them as folders of frames, from which conversations by name are made.
 """
 
 from collections import Counter
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from nmlib.config import ClipConfig
+from nmlib.conversation import to_picture
 from nmlib.faces import Detector, Square, cut
+from nmlib.folder_clips import BOXES
 from nmlib.frames import ClipError, Frame, iterate_frames, read_clip
 from nmlib.manifest import ClipRow, FrameReason, FrameRow, Manifest, all_frames, counts, load_manifest, save_manifest
-from nmlib.runtime import progress
+from nmlib.runtime import atomic_folder, progress, write_json
 
 __all__ = [
     "ClipFolder",
@@ -29,6 +32,7 @@ __all__ = [
     "load_manifest",
     "read_clip",
     "save_manifest",
+    "write_clips",
 ]
 
 SPLIT_PARTS = 8  # one clip in so many is held out
@@ -235,16 +239,51 @@ def load_clip_frames(manifest: Manifest, clip: str) -> Tensor:
     Raises:
         ClipError: no such clip, a rejected one, or files that are no longer as they were.
     """
-    row, settings = manifest.clip(clip), manifest.settings
+    size = manifest.settings.image_size
+    return torch.stack([cut(picture, square, size) for picture, square in _kept(manifest, clip)])  # (F, 3, s, s)
+
+
+def _kept(manifest: Manifest, clip: str) -> Iterator[tuple[Tensor, Square]]:
+    """The whole pictures (3, H, W) of the kept frames of a kept clip, each with the square of its face."""
+    row = manifest.clip(clip)
     if not row.kept:
         raise ClipError(f"clip {clip!r} was rejected: {row.detail or row.reason}; take one that was kept")
-    faces = []
-    for number, (seen, frame) in enumerate(zip_longest(row.frames, _read(Path(row.path), settings))):
+    for number, (seen, frame) in enumerate(zip_longest(row.frames, _read(Path(row.path), manifest.settings))):
         if seen is None or frame is None or seen.name != frame.name or seen.size != _size(frame):
             raise ClipError(f"{row.path}: frame {number} is not as it was; build the manifest again")
         if seen.square is not None and seen.kept and frame.picture is not None:
-            faces.append(cut(frame.picture, Square(*seen.square), settings.image_size))
-    return torch.stack(faces)  # (F, 3, s, s)
+            yield frame.picture, Square(*seen.square)
+
+
+def write_clips(manifest: Manifest, root: Path, size: int, zoom: float = 2.0) -> None:
+    """Write the people of all kept clips as `folder_clips.FolderClips` reads them, and `manifest.json` beside them.
+
+    A person becomes `<root>/<clip>/000.png` and so on, upright squares around the face, black where a square leaves
+    its frame, and `faces.json`, which says where the face is: the middle, since faces were aligned.
+
+    Args:
+        manifest: as `build_clips` made it.
+        root: new folder; an older one is replaced as a whole.
+        size: pixels a side of the pictures.
+        zoom: side of a picture over the side of its aligned face, at least 1.
+
+    Raises:
+        ClipError: `zoom` below 1, no kept clip, or files that are no longer as they were.
+    """
+    if zoom < 1:
+        raise ClipError(f"zoom {zoom:g}: the picture would be smaller than the face; expected 1 or more")
+    kept, edge = ClipFolder(manifest).people(), 0.5 / zoom
+    with atomic_folder(root) as folder:
+        for name in progress(kept, desc="faces"):
+            boxes: dict[str, list[float]] = {}
+            (folder / name).mkdir(parents=True)
+            for number, (picture, square) in enumerate(_kept(manifest, name)):
+                file = f"{number:03d}.png"
+                around = cut(picture, square._replace(side=square.side * zoom), size)  # (3, size, size)
+                to_picture(around).save(folder / name / file)
+                boxes[file] = [0.5 - edge, 0.5 - edge, 0.5 + edge, 0.5 + edge]
+            write_json(folder / name / BOXES, boxes)
+        save_manifest(manifest, folder / "manifest.json")
 
 
 def _size(frame: Frame) -> tuple[int, int] | None:

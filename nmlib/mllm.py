@@ -7,6 +7,8 @@ What differs from a textbook language model:
 - with markers, every word and every history token also carries the number of its round, and history tokens their
   slot, so that "#2" in a text finds round 2, and the n-th query its n-th token, by content; and the queries start
   from the history tokens of the picture that the reply names, so that what an edit leaves alone need not be looked up;
+- with a copy gate, each predicted token is mixed with that picture's token, as much as a learned number in 0..1 says:
+  what an edit leaves alone is carried on and not drawn again, so that it wears out less over many rounds;
 - in training, history images can be replaced by the model's own predictions.
 Module names are SEED-X's (`llm`, `input_resampler`, `output_resampler`).
 """
@@ -59,10 +61,18 @@ class Whole(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a forward pass gives: image predictions (Q, N, D) in the order of `layout.queries`, and logits."""
+    """What a forward pass gives, in the order of `layout.queries`.
+
+    Args:
+        images: (Q, N, D_feature) predicted pictures.
+        logits: (L, V) at the supervised words.
+        drawn: (Q, N, D_feature) the same pictures before anything is kept of those they start from.
+        attentions: of every layer, where asked for.
+    """
 
     images: Tensor
     logits: Tensor
+    drawn: Tensor
     attentions: Sequence[Tensor] | None = None
 
 
@@ -109,6 +119,10 @@ class HistoryMLLM(nn.Module):
         heads = settings.resampler_heads
         self.input_resampler = Resampler(tokens_per_image, settings.hidden_size, heads, feature_dim)
         self.output_resampler = Resampler(tokens_per_image, feature_dim, heads, settings.hidden_size)
+        self.copy_gate = nn.Linear(settings.hidden_size, 1) if settings.copy_gate else None
+        if self.copy_gate is not None:
+            nn.init.zeros_(self.copy_gate.weight)
+            nn.init.zeros_(self.copy_gate.bias)
         self.input_resampler.start_at_own_position()
         self.output_resampler.start_at_own_position()
         # A fresh resampler speaks with unit variance: beside it words would drown, and with them the instruction.
@@ -194,6 +208,39 @@ class HistoryMLLM(nn.Module):
             embeds = embeds + images[bases.clamp_min(0)] * (bases >= 0)[:, None, None]
         return embeds
 
+    def kept(self, hidden_states: Tensor) -> Tensor:
+        """How much of the picture it starts from each token keeps: (Q, N, D) at the query slots to (Q, N) in 0..1.
+
+        Raises:
+            ValueError: the model has no copy gate.
+        """
+        if self.copy_gate is None:
+            raise ValueError("this model draws every token anew: its settings say copy_gate: false")
+        return self.copy_gate(hidden_states).squeeze(-1).sigmoid()  # (Q, N)
+
+    def keep(self, drawn: Tensor, hidden_states: Tensor, history: Tensor, bases: Tensor) -> Tensor:
+        """Carry on what an edit leaves alone: predicted features mixed with those of the picture that the reply names.
+
+        A gate for each token decides, as pointer-generator networks copy words (See et al., arXiv 1704.04368).
+
+        Args:
+            drawn: (Q, N, D_feature) predicted features.
+            hidden_states: (Q, N, D) at the query slots.
+            history: (C, N, D_feature) features of the history blocks.
+            bases: (Q,) the history block that each query block starts from, -1 for none.
+
+        Returns:
+            (Q, N, D_feature).
+        """
+        if self.copy_gate is None or not len(history):
+            return drawn
+        kept = self.kept(hidden_states) * (bases >= 0)[:, None]  # (Q, N)
+        return torch.lerp(drawn, history[bases.clamp_min(0)].to(drawn.dtype), kept[..., None])  # (Q, N, D_feature)
+
+    def draw(self, hidden_states: Tensor, history: Tensor, bases: Tensor) -> Tensor:
+        """Features (Q, N, D_feature) of pictures from hidden states at their query slots; arguments as in `keep`."""
+        return self.keep(self.output_resampler(hidden_states), hidden_states, history, bases)
+
     def embed(self, layout: Layout, history: Tensor) -> Tensor:
         """Token embeddings with the slots of images overwritten.
 
@@ -239,7 +286,9 @@ class HistoryMLLM(nn.Module):
         hidden_states = result.last_hidden_state  # (B, T, D)
         queries = hidden_states[layout.query_slots].unflatten(0, (-1, self.tokens_per_image))  # (Q, N, D)
         logits = self.base_llm.lm_head(hidden_states[layout.labels != IGNORE])  # (L, V)
-        return Output(self.output_resampler(queries), logits, result.attentions)
+        drawn = self.output_resampler(queries)  # (Q, N, D_feature)
+        images = self.keep(drawn, queries, history, layout.bases)  # (Q, N, D_feature)
+        return Output(images, logits, drawn, result.attentions)
 
     def read_words(self, layout: Layout) -> Tensor:
         """Hidden states (B, T, D) of a batch laid out without pictures."""
@@ -273,12 +322,18 @@ class HistoryMLLM(nn.Module):
             history = history + history_noise * torch.randn_like(history)
         output = self.predict(layout, history)
         targets = self.to_target(features[layout.queries[:, 0], layout.queries[:, 1]])  # (Q, N, D_feature)
-        errors = ((output.images.float() - targets) / self.feature_scale).square().mean(-1)  # (Q, N)
+        errors = self._errors(output.drawn, targets)  # (Q, N)
+        if self.copy_gate is not None:  # half of each: what the gate keeps would never be learned to draw
+            errors = (errors + self._errors(output.images, targets)) / 2  # (Q, N)
         if weights is not None:
             errors = errors * weights[layout.queries[:, 0], layout.queries[:, 1]]  # (Q, N)
         whole = whole or Whole.of(layout, None)
         labels = layout.labels[layout.labels != IGNORE]  # (L,)
         return _cross_entropy(output.logits, labels, whole.text), errors.sum() / max(1, whole.image)
+
+    def _errors(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared errors (Q, N) of tokens (Q, N, D_feature), in units of the features' spread."""
+        return ((images.float() - targets) / self.feature_scale).square().mean(-1)  # (Q, N)
 
     def forward(
         self,

@@ -219,7 +219,7 @@ def _weight_lines(settings: SeedXConfig, gpus: int) -> list[str]:
         )
     adapter = count_adapter()
     released = rows[-1].parameters + adapter.parameters - next(p.parameters for p in parts if p.name == "LoRA")
-    lines.append(f"{adapter.name:18}{adapter.parameters:>16,}   only to make pixels: {released:,} with it, LoRA merged")
+    lines.append(f"{adapter.name:18}{adapter.parameters:>16,}   makes pixels; {released:,} with it, LoRA merged")
     return lines
 
 
@@ -228,10 +228,10 @@ def _activation_lines(settings: SeedXConfig, length: int, own: int) -> tuple[lis
     one = activation_bytes(settings.model, length)
     full = activation_bytes(settings.model, length, checkpointing=False)
     return [
-        f"activations of one sample of {length:,} tokens: {one / 1e9:.2f} GB with checkpointing, "
-        f"{full / 1e9:.1f} GB without,"
-        f" and at most {logits / 1e9:.2f} GB of logits",
+        f"activations of a sample of {length:,} tokens: {one / 1e9:.2f} GB with checkpointing, "
+        f"{full / 1e9:.1f} GB without",
         f"activations of {own} samples at once: {own * one / 1e9:.1f} GB with checkpointing",
+        f"logits of a sample: at most {logits / 1e9:.2f} GB",
     ], logits
 
 

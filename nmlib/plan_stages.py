@@ -49,11 +49,13 @@ def build(params: Params, stage: StageConfig) -> tuple[HistoryMLLM, Template]:
 def count_modules(params: Params, model: HistoryMLLM) -> dict[str, nn.Module]:
     """The modules of a params file by name; encoder and detokenizer with fresh weights."""
     size, tokens, width = params.source.image_size, params.tokens_per_image, params.vision.feature_dim
+    gate = {} if model.copy_gate is None else {"copy gate": model.copy_gate}
     return {
         "image encoder": VisionTransformer(params.vision, size),
         "language model": model.llm,
         "input resampler": model.input_resampler,
         "output resampler": model.output_resampler,
+        **gate,
         "detokenizer": Detokenizer(params.detokenizer, size, tokens, width),
     }
 
@@ -130,8 +132,8 @@ def report(params: Params) -> str:
     lines += [f"{name:18}{numbers(part)[0]:>14,}" for name, part in count_modules(params, base).items()]
     lines += [
         "",
-        f"{'stage':12}{'trained':>14}{'weights':>10}{'activations':>13}{'tokens':>9}{'a step':>16}{'the stage':>16}"
-        f"{'minutes':>9}",
+        f"{'stage':9}{'trained':>12}{'weights':>9}{'activations':>13}{'tokens':>8}{'a step':>14}{'the stage':>13}"
+        f"{'minutes':>8}",
     ]
     built: dict[tuple[ModelConfig, str], tuple[HistoryMLLM, Template]] = {}
     for stage in params.stages:
@@ -144,13 +146,13 @@ def report(params: Params) -> str:
         flops = work.flops * stage.optim.steps
         minutes = flops / (PEAK_TFLOPS * 1e12 * UTILISATION) / 60
         lines.append(
-            f"{stage.name:12}{trained:>14,}{weights / 1e9:>7.2f} GB{kept / 1e9:>10.2f} GB{work.tokens:>9,}"
-            f"{work.flops / 1e12:>8.1f} TFLOP{flops / 1e15:>10.1f} PFLOP{minutes:>9.1f}"
+            f"{stage.name:9}{trained:>12,}{weights / 1e9:>6.2f} GB{kept / 1e9:>10.2f} GB{work.tokens:>8,}"
+            f"{work.flops / 1e12:>8.1f} TFLOP{flops / 1e15:>7.1f} PFLOP{minutes:>8.1f}"
         )
     lines += [
         "",
-        "a step: the longest conversations, with padding and the prediction of pictures for the history",
-        f"minutes: of products, if {UTILISATION:.0%} of {PEAK_TFLOPS:g} TFLOP/s are reached (assumed, not measured),",
+        "a step: the longest conversations, with padding and predictions for the history",
+        f"minutes: of products, if {UTILISATION:.0%} of {PEAK_TFLOPS:g} TFLOP/s are reached (assumed, not measured);",
         "drawing pictures, encoder, detokenizer and the notebooks come on top",
     ]
     return "\n".join(lines)

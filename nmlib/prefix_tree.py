@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from nmlib.cache import PrefixCache, Segment
+from nmlib.prefix_cache import PrefixCache, Segment
 
 MAX_BYTES = 2**30
 

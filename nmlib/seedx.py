@@ -76,6 +76,7 @@ class SeedX(HistoryMLLM):
         self.llm = LlamaForCausalLM(llama_config(settings))
         self.input_resampler = Resampler(settings.queries, model.hidden_size, model.resampler_heads, feature_dim)
         self.output_resampler = Resampler(settings.queries, feature_dim, model.resampler_heads, model.hidden_size)
+        self.copy_gate = None
         self.patch_pos_embed = nn.Parameter(model.hidden_size**-0.5 * torch.randn(4, model.hidden_size))
         nothing = torch.zeros(0, dtype=torch.int64)
         self.register_buffer("marker_ids", nothing, persistent=False)

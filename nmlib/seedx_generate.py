@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nmlib.cache import CacheError, PrefixCache
+from nmlib.cache import CacheError
+from nmlib.prefix_cache import PrefixCache
 from nmlib.seedx import SeedX
 from nmlib.seedx_layout import READ, WORD, Positions, Sample, SeedXTemplate
 from nmlib.seedx_vision import WHOLE

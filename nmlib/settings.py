@@ -215,7 +215,8 @@ class ModelConfig(Settings):
 
     `response` is the text before each image: `polite` (SEED-X) or `grounded`, which names the picture it
     starts from; `markers` adds the picture's number and the token's slot to every token in the history, and lets
-    the query tokens start from the picture that the response names.
+    the query tokens start from the picture that the response names; `copy_gate` mixes each predicted token with that
+    picture's token, in a learned share.
     """
 
     hidden_size: Count
@@ -229,6 +230,7 @@ class ModelConfig(Settings):
     max_rounds: Annotated[int, Field(ge=2, le=64)] = 16
     response: Literal["polite", "grounded"] = "grounded"
     markers: bool = True
+    copy_gate: bool = False
     text_loss_weight: Annotated[float, Field(ge=0.0)] = 1.0
     feature_loss_weight: Annotated[float, Field(ge=0.0)] = 6.0
 
@@ -241,6 +243,8 @@ class ModelConfig(Settings):
             )
         if self.markers and self.response != "grounded":
             raise ValueError("markers: true needs response: grounded, whose text names the picture to start from")
+        if self.copy_gate and not self.markers:
+            raise ValueError("copy_gate: true needs markers: true, with which queries know the picture they start from")
         return self
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from nmlib import data
 from nmlib.answer import answer
 from nmlib.bench_setup import Bench, forced, talk_to, tokens_of
-from nmlib.cache import PrefixCache
 from nmlib.chat import ChatSession, System
 from nmlib.config import SeedXConfig, SourceConfig
 from nmlib.conversation import Conversation
 from nmlib.layout import Layout
 from nmlib.mllm import HistoryMLLM
 from nmlib.packing import buckets, pack
+from nmlib.prefix_cache import PrefixCache
 from nmlib.timing import Result, Task, exponent, summary
 
 SOURCE_DRAWS = 7
@@ -148,8 +148,7 @@ class Recompute:
         hidden_states = cache.read(embeds, None, keep=True)  # (1, T, D)
         base = self.talk.rounds[self.index].base
         if base is not None:
-            rounds = torch.tensor([base])
-            cache.images[base] = model.embed_images(features[[base]], rounds)  # (1, N, D)
+            cache.pictures[base] = features[[base]]  # (1, N, D_feature)
         logits = model.base_llm.lm_head(hidden_states[:, -1])  # (1, V)
         return answer(cache, logits, template, self.index, self.choose).images
 
@@ -218,7 +217,7 @@ def one_by_one(cache: PrefixCache) -> Tensor:
     ids = torch.tensor(cache.image_ids).expand(cache.batch, -1)  # (B, N)
     embeds = model.embed_queries(ids, ids.new_zeros(0), ids.new_full((cache.batch,), -1))  # (B, N, D)
     hidden_states = torch.cat([fork.read(part, None, keep=True) for part in embeds.split(1, dim=1)], dim=1)
-    return model.output_resampler(hidden_states).float()  # (B, N, D_feature)
+    return model.draw(hidden_states, ids.new_zeros(0), ids.new_full((cache.batch,), -1)).float()  # (B, N, D_feature)
 
 
 # ---------------------------------------------------------------------------------------------------------

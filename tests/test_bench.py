@@ -13,7 +13,7 @@ from toy import SETTINGS, open_run, raised
 from nmlib import bench, config, speed_plots, workloads
 from nmlib import records as stored_records
 from nmlib.bench_setup import QUICK, Bench, Sizes, tokens_of
-from nmlib.cache import PrefixCache
+from nmlib.prefix_cache import PrefixCache
 from nmlib.runtime import RunError
 from nmlib.timing import Task, exponent, measure, summary
 from nmlib.workloads import Recompute, one_by_one

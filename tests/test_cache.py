@@ -11,10 +11,11 @@ from torch import Tensor
 from toy import FEATURES, MAX_ROUNDS, TOKENS, make_model, make_round, raised, random_features, system
 
 from nmlib import checkpoint
-from nmlib.cache import CacheError, PrefixCache, TokenCache
+from nmlib.cache import CacheError, TokenCache
 from nmlib.checkpoint import CheckpointError
 from nmlib.conversation import Conversation
 from nmlib.layout import BOI
+from nmlib.prefix_cache import PrefixCache
 
 MODEL, TEMPLATE = system().model, system().template
 WORDS = "make the square red paint ground dark undo that and then".split()
@@ -57,7 +58,7 @@ class Told:
     def recomputed(self, index: int) -> tuple[Tensor, Tensor]:
         """Images of a round and logits after its instruction, from one pass over the whole sequence."""
         batch = TEMPLATE.prefix(self.conversations, [index] * len(self.conversations))
-        images, logits, _ = MODEL.predict(batch, self.features[batch.history[:, 0], batch.history[:, 1]])
+        images, logits, *_ = MODEL.predict(batch, self.features[batch.history[:, 0], batch.history[:, 1]])
         firsts, offset = [], 0
         for row in batch.labels:
             firsts.append(logits[offset])

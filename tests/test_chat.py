@@ -13,10 +13,11 @@ from toy import FEATURES, MAX_ROUNDS, SOURCE, TOKENS, conversations, draw, raise
 
 from nmlib import answer as answering
 from nmlib.answer import MAX_REPLY, Choose, answer, foresee
-from nmlib.cache import CacheError, PrefixCache, TokenCache
+from nmlib.cache import CacheError, TokenCache
 from nmlib.chat import ChatSession, history_policy, rollout
 from nmlib.conversation import Conversation, ConversationError, from_picture, to_picture
 from nmlib.layout import BOI
+from nmlib.prefix_cache import PrefixCache
 
 SYSTEM = system()
 MODEL, TEMPLATE = SYSTEM.model, SYSTEM.template

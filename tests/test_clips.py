@@ -14,6 +14,7 @@ from test_frames import grey, write_folder, write_video
 from torch import Tensor, nn
 from toy import raised
 
+from nmlib.__main__ import main
 from nmlib.clips import (
     ClipFolder,
     Manifest,
@@ -22,11 +23,14 @@ from nmlib.clips import (
     load_clip_frames,
     load_manifest,
     save_manifest,
+    write_clips,
 )
 from nmlib.config import ClipConfig
 from nmlib.conversation import from_picture, to_picture
 from nmlib.faces import DlibEmbedder, Face, FaceDetector, Square, WholePicture
+from nmlib.folder_clips import FolderClips
 from nmlib.frames import ClipError
+from nmlib.phrases import is_heldout
 from nmlib.runtime import RunError
 from nmlib.world import WorldSource
 
@@ -313,6 +317,49 @@ def test_clips_of_the_world_go_the_same_way(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# frames for conversations by name
+
+
+def test_people_are_written_as_folders_of_frames(tmp_path: Path) -> None:
+    """A picture of 16 x 16 with a white square of 8 where the detector sees the face: it comes to the middle."""
+
+    def shown(level: int) -> Tensor:
+        picture = colour(level, 0, 0)
+        picture[:, 2:10, 5:13] = 255
+        return picture
+
+    def middle(picture: Tensor) -> list[Face]:
+        return [Face((5, 2, 13, 10), Square(9.0, 6.0, 8.0, 0.0))]
+
+    pictures = [shown(90), shown(150)]
+    settings = SETTINGS.model_copy(update={"min_face": 8, "min_difference": 0.0})
+    path = clip(tmp_path / "anna", *pictures)
+    manifest = build_clips([path], settings, middle, hue)
+    root = tmp_path / "people"
+    write_clips(manifest, root, size=16, zoom=2.0)
+    boxes = json.loads((root / "anna" / "faces.json").read_text())
+    assert boxes == {"000.png": [0.25, 0.25, 0.75, 0.75], "001.png": [0.25, 0.25, 0.75, 0.75]}
+    with Image.open(root / "anna" / "001.png") as photo:
+        written = from_picture(photo, "001")
+    assert written.shape == (3, 16, 16) and (written[:, 5:11, 5:11] == 255).all()
+    assert written[:, 13, 7].tolist() == [150, 0, 0] and written[:, 0, 0].tolist() == [0, 0, 0], "black outside"
+    loaded = load_manifest(root / "manifest.json")
+    assert loaded.clips[0].path == str(path) and loaded.frame_counts == {"kept": 2}
+    people = FolderClips(root, 16)
+    (made,) = people.clips(1, "train" if not is_heldout("anna") else "heldout", torch.Generator())
+    assert made.images is not None and made.boxes is not None
+    assert torch.equal(made.images[1], written) and made.boxes.tolist() == [[4.0, 4.0, 12.0, 12.0]] * 2
+
+
+def test_frames_are_written_whole_or_not_at_all(stored: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(stored)
+    (tmp_path / "ben" / "1.png").unlink()
+    text = raised(lambda: write_clips(manifest, tmp_path / "people", size=16), ClipError)
+    assert "frame 1 is not as it was" in text and not (tmp_path / "people").exists()
+    assert "zoom 0.5" in raised(lambda: write_clips(manifest, tmp_path / "people", 16, 0.5), ClipError)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # real photographs
 
 
@@ -354,6 +401,27 @@ def test_a_video_with_a_switch_and_a_repetition(portraits: dict[str, Tensor], tm
     assert faces.shape == (3, 3, 112, 112) and manifest.clips[0].frames[8].detail == "of 0.000 s"
     everything = build_clips([video], ClipConfig(min_difference=0.0), FaceDetector(), DlibEmbedder())
     assert reasons(everything) == [None] * 6 + ["identity switch"] * 2 + [None, "no face"]
+
+
+def test_the_command_line_cuts_people_out(
+    portraits: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = clip(tmp_path / "talk", *(portraits[name] for name in ("obama", "obama2", "obama3", "biden")))
+    command = ["data", "clips", str(path), "--to", str(tmp_path / "people"), "--size", "64", "--min-frames", "3"]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0 and "frames: {'identity switch': 1, 'kept': 3}" in capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "people" / "talk").iterdir()) == [
+        "000.png", "001.png", "002.png", "faces.json",
+    ]  # fmt: skip
+    with Image.open(tmp_path / "people" / "talk" / "002.png") as photo:
+        written = from_picture(photo, "002")
+    found = FaceDetector(0.5)(written)
+    assert written.shape == (3, 64, 64) and len(found) == 1, "one face, in the middle"
+    assert abs(found[0].square.x - 32) < 4 and abs(found[0].square.y - 32) < 6
+    with pytest.raises(SystemExit) as ended:
+        main([*command[:-2], "--min-frames", "5"])
+    assert ended.value.code == 1 and "1 of 1 clips rejected" in capsys.readouterr().err
 
 
 def test_a_group_and_two_pixels_are_no_clips(tmp_path: Path) -> None:

@@ -89,6 +89,20 @@ def test_stage_without_pictures(tmp_path: Path, tiny: dict[str, Any], changes: d
     assert said in refusal(write(tmp_path / "a.yaml", tiny))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"response": "polite"}, "markers: true needs response: grounded, whose text names the picture to start from"),
+        ({"markers": False, "copy_gate": True}, "copy_gate: true needs markers: true, with which queries know"),
+    ],
+)
+def test_what_names_a_picture_goes_together(
+    tmp_path: Path, tiny: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    tiny["model"] |= changes
+    assert said in refusal(write(tmp_path / "a.yaml", tiny))
+
+
 def test_missing_file_lists_its_neighbours(tmp_path: Path, tiny: dict[str, Any]) -> None:
     write(tmp_path / "tiny.yaml", tiny)
     text = refusal(tmp_path / "tini.yaml")

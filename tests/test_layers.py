@@ -62,7 +62,7 @@ LAYERS = (
         "vision",
     ),
     ("seedx_adapter", "seedx_files", "seedx_vision"),
-    ("answer", "cache", "growing_layer", "mllm", "prefix_tree"),
+    ("answer", "cache", "growing_layer", "mllm", "prefix_cache", "prefix_tree"),
     ("seedx",),
     ("plan", "seedx_checkpoint", "seedx_detokenizer", "seedx_generate", "seedx_inspect", "seedx_layout"),
     ("codec", "curriculum", "judges", "packing", "train"),

@@ -27,6 +27,14 @@ def predict(model: HistoryMLLM, batch: Layout, features: Tensor) -> tuple[Tensor
     return model.predict(batch, features[batch.history[:, 0], batch.history[:, 1]])[:2]
 
 
+def image_loss(model: HistoryMLLM, batch: Layout, shown: Tensor, features: Tensor) -> Tensor:
+    """The feature loss of predictions from a history of pictures `shown`: of the drawn and of what the gate makes."""
+    output = model.predict(batch, shown[batch.history[:, 0], batch.history[:, 1]])
+    targets = features[batch.queries[:, 0], batch.queries[:, 1]]
+    drawn = (output.drawn - targets).square().mean()
+    return drawn if model.copy_gate is None else (drawn + (output.images - targets).square().mean()) / 2
+
+
 def round_of_label(batch: Layout) -> Tensor:
     """The round whose reply each label belongs to, in the order of the logits."""
     blocks = batch.query_slots & ~batch.query_slots.roll(1, 1)  # (B, T) first slot of each query block
@@ -208,9 +216,8 @@ def test_loss_is_the_weighted_sum_of_its_parts_in_units_of_the_feature_scale() -
     batch = template.packed(pair)
     plain = model(batch, features)
     torch.testing.assert_close(plain.total, 0.3 * plain.text + 5.0 * plain.image)
-    images, logits = predict(model, batch, features)
-    targets = features[batch.queries[:, 0], batch.queries[:, 1]]
-    torch.testing.assert_close(plain.image, (images - targets).square().mean())
+    _, logits = predict(model, batch, features)
+    torch.testing.assert_close(plain.image, image_loss(model, batch, features, features))
     chosen = batch.labels[batch.labels != IGNORE]
     torch.testing.assert_close(plain.text, -logits.log_softmax(1)[torch.arange(len(chosen)), chosen].mean())
     model.feature_scale.fill_(2.0)
@@ -233,6 +240,61 @@ def test_attentions_on_request_follow_the_mask_and_change_nothing() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# the copy gate
+
+
+@torch.no_grad()
+def test_gate_mixes_each_token_with_that_of_the_picture_named() -> None:
+    model, template = make_model(12)
+    pair, features = conversations(), random_features(2, 4)
+    batch = template.packed(pair)
+    history = features[batch.history[:, 0], batch.history[:, 1]]
+    assert model.copy_gate is not None
+    torch.nn.init.normal_(model.copy_gate.weight)
+    output = model.predict(batch, history)
+    for (row, index), image, drawn in zip(batch.queries.tolist(), output.images, output.drawn, strict=True):
+        base = pair[row].rounds[index].base
+        if base is None:
+            assert torch.equal(image, drawn), "nothing to keep from"
+            continue
+        start = features[row, base]
+        shares = (image - drawn) / (start - drawn)  # the same number for all features of a token
+        torch.testing.assert_close(shares, shares[:, :1].expand_as(shares), rtol=1e-2, atol=1e-3)
+        assert (shares > 0).all() and (shares < 1).all() and shares[:, 0].unique().numel() == TOKENS
+    for bias, expected in ((1e4, features), (-1e4, None)):
+        model.copy_gate.bias.fill_(bias)
+        output = model.predict(batch, history)
+        for (row, index), image, drawn in zip(batch.queries.tolist(), output.images, output.drawn, strict=True):
+            base = pair[row].rounds[index].base
+            assert torch.equal(image, drawn if expected is None or base is None else expected[row, base])
+
+
+def test_a_kept_picture_reaches_only_the_gate_and_the_drawing_learns_all_the_same() -> None:
+    """With everything kept the mixed error teaches the drawing nothing; its own error does."""
+    model, template = make_model(13)
+    batch, features = template.packed(conversations()), random_features(2, 4)
+    assert model.copy_gate is not None
+    with torch.no_grad():
+        model.copy_gate.bias.fill_(1e4)
+    history = features[batch.history[:, 0], batch.history[:, 1]]
+    asked = batch.bases >= 0
+    model.predict(batch, history).images[asked].square().sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for p in model.output_resampler.parameters())
+    model(batch, features).image.backward()
+    assert model.output_resampler.query.grad is not None and model.output_resampler.query.grad.any()
+
+
+@torch.no_grad()
+def test_a_model_without_a_gate_says_so() -> None:
+    model, template = make_model(14, copy_gate=False)
+    batch, features = template.packed(conversations()), random_features(2, 4)
+    output = model.predict(batch, features[batch.history[:, 0], batch.history[:, 1]])
+    assert torch.equal(output.images, output.drawn)
+    with pytest.raises(ValueError, match="copy_gate: false"):
+        model.kept(torch.zeros(1, TOKENS, 24))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # the model's own predictions in the history
 
 
@@ -247,8 +309,7 @@ def test_exactly_the_chosen_history_is_replaced_by_predictions(case: Case, kind:
     mixed[0, 1] = own[(batch.queries == torch.tensor([0, 1])).all(1)][0]  # round 0 of row 0 is an upload: it stays
     mixed[1, 2] = own[(batch.queries == torch.tensor([1, 2])).all(1)][0]
     mixed[2, 0] = own[(batch.queries == torch.tensor([2, 0])).all(1)][0]
-    images, _ = predict(model, batch, mixed)
-    expected = (images - features[batch.queries[:, 0], batch.queries[:, 1]]).square().mean()
+    expected = image_loss(model, batch, mixed, features)
     torch.testing.assert_close(model(batch, features, replaced).image, expected)
     assert model(batch, features, replaced).image != model(batch, features).image
     assert model(batch, features, torch.zeros_like(replaced)).image == model(batch, features).image
@@ -262,9 +323,7 @@ def test_no_gradient_goes_through_the_predictions_in_the_history() -> None:
         own, _ = predict(model, batch, features)
         mixed = features.clone()
         mixed[batch.queries[:, 0], batch.queries[:, 1]] = own
-    history = mixed[batch.history[:, 0], batch.history[:, 1]]
-    images = model.predict(batch, history).images
-    by_hand = (images - features[batch.queries[:, 0], batch.queries[:, 1]]).square().mean()
+    by_hand = image_loss(model, batch, mixed, features)
     model(batch, features, torch.ones(2, 4, dtype=torch.bool)).image.backward()
     weights = list(model.input_resampler.parameters())[1:]
     for weight, expected in zip(weights, torch.autograd.grad(by_hand, weights), strict=True):
@@ -289,7 +348,7 @@ def test_noise_goes_into_the_history_and_not_into_the_targets() -> None:
 
 def intended(name: str) -> bool:
     """Whether a parameter may train beside a frozen language model."""
-    if name.startswith(("input_resampler.", "output_resampler.")):
+    if name.startswith(("input_resampler.", "output_resampler.", "copy_gate.")):
         return not name.endswith("pos_embed")
     parts = ("lora_A", "lora_B", "modules_to_save", "embed_tokens", "lm_head")
     return any(part in name for part in parts)

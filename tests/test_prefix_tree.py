@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import FEATURES, MAX_ROUNDS, TOKENS, make_round, random_features, system
 
-from nmlib.cache import PrefixCache, TokenCache
+from nmlib.cache import TokenCache
 from nmlib.chat import ChatSession
 from nmlib.conversation import Conversation
+from nmlib.prefix_cache import PrefixCache
 from nmlib.prefix_tree import PrefixTree
 
 SYSTEM = system()
@@ -101,7 +102,7 @@ class Counted:
 
 def size(tokens: int) -> int:
     """Bytes of a round of so many tokens, counted by hand."""
-    return 2 * LAYERS * tokens * WIDTH * 4 + TOKENS * WIDTH * 4 + tokens + 8
+    return 2 * LAYERS * tokens * WIDTH * 4 + TOKENS * FEATURES * 4 + tokens + 8
 
 
 def test_bytes_by_hand() -> None:
@@ -113,14 +114,14 @@ def test_bytes_by_hand() -> None:
     assert counted.tree.nbytes == size(8) + size(8)
     counted.visit(3, 2)  # a branch: three words
     assert counted.tree.nbytes == size(8) + size(8) + size(9)
-    assert size(8) == 2 * 2 * 8 * 24 * 4 + 4 * 24 * 4 + 8 + 8
+    assert size(8) == 2 * 2 * 8 * 24 * 4 + 4 * 20 * 4 + 8 + 8
 
 
 def test_a_stored_round_holds_on_to_nothing_else() -> None:
     counted = Counted()
     counted.visit(0, 1, 2)
     for segment in counted.tree.segments.values():
-        for part in (segment.states, segment.visible, segment.position, segment.image):
+        for part in (segment.states, segment.visible, segment.position, segment.picture):
             assert part.untyped_storage().nbytes() == part.nbytes
 
 

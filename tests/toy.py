@@ -138,8 +138,9 @@ def random_features(count: int, rounds: int, seed: int = 0) -> Tensor:
 
 
 def model_settings(**changes: Any) -> ModelConfig:
-    """Settings of a model of about 20 thousand numbers."""
+    """Settings of a model of about 20 thousand numbers, with a copy gate where it has markers."""
     sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 44, "layers": 2, "heads": 3}
+    sizes["copy_gate"] = changes.get("markers", True)
     return ModelConfig(**(sizes | {"resampler_heads": 2, "max_rounds": MAX_ROUNDS, "lora_rank": 3} | changes))
 
 
