@@ -257,10 +257,10 @@ def undo(bench: Bench) -> None:
 
 
 def bytes_of_round(bench: Bench, system: System, tokens: int) -> int:
-    """Bytes of a round of so many tokens: keys, values, its picture's embeddings, which are padding, the position."""
+    """Bytes of a round of so many tokens: keys, values, features of its picture, which are padding, the position."""
     model = bench.params.model
     states = 2 * model.layers * model.hidden_size * tokens * 4
-    return states + system.template.tokens_per_image * model.hidden_size * 4 + tokens + 8
+    return states + system.template.tokens_per_image * system.model.feature_dim * 4 + tokens + 8
 
 
 def memory(bench: Bench) -> None:

@@ -72,7 +72,7 @@ def test_bytes_are_those_of_the_new_tokens(report: bench.Report) -> None:
     assert report.result("memory.branch").value == 1.0
     assert report.result("growth.forks_bytes").value == pytest.approx(1.0, abs=1e-9)
     tokens = 6 + 6 + 4 + 1
-    assert report.result("memory.round").value == (2 * 2 * 24 * tokens * 4 + 4 * 24 * 4 + tokens + 8) / 2**20
+    assert report.result("memory.round").value == (2 * 2 * 24 * tokens * 4 + 4 * 20 * 4 + tokens + 8) / 2**20
     paper = 2 * 40 * 5120 * (tokens - 4 + 64) * 2 / 2**20
     assert report.result("memory.round_paper").value == pytest.approx(paper)
 
