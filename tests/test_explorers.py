@@ -166,7 +166,7 @@ def test_attention_that_is_equal_everywhere(monkeypatch: pytest.MonkeyPatch) -> 
         length = layout.input_ids.shape[1]
         same = torch.full((1, 3, length, length), 1 / length)
         lengths.append(length)
-        return Output(history, history, [same, same])
+        return Output(history, history, history, [same, same])
 
     lengths: list[int] = []
     monkeypatch.setattr(HistoryMLLM, "predict", equal)
