@@ -7,10 +7,9 @@ with what surrounds them as folders of frames, from which conversations by name 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from nmlib.manifest import ClipRow, FrameReason, FrameRow, Manifest, all_frames,
 from nmlib.runtime import atomic_folder, progress, write_json
 
 __all__ = [
-    "ClipFolder",
     "Manifest",
     "TooManyRejected",
     "build_clips",
@@ -35,7 +33,6 @@ __all__ = [
     "write_clips",
 ]
 
-SPLIT_PARTS = 8  # one clip in so many is held out
 BLIND_CLIPS = 3  # so many kept clips whose faces all lie within
 BLIND_DISTANCE = 0.05  # of one another were looked at by something that cannot tell people apart
 
@@ -272,7 +269,9 @@ def write_clips(manifest: Manifest, root: Path, size: int, zoom: float = 2.0) ->
     """
     if zoom < 1:
         raise ClipError(f"zoom {zoom:g}: the picture would be smaller than the face; expected 1 or more")
-    kept, edge = ClipFolder(manifest).people(), 0.5 / zoom
+    kept, edge = [clip.name for clip in manifest.clips if clip.kept], 0.5 / zoom
+    if not kept:
+        raise ClipError(f"no clip was kept; clips: {_listed(manifest.clip_counts)}")
     with atomic_folder(root) as folder:
         for name in progress(kept, desc="faces"):
             boxes: dict[str, list[float]] = {}
@@ -288,32 +287,3 @@ def write_clips(manifest: Manifest, root: Path, size: int, zoom: float = 2.0) ->
 
 def _size(frame: Frame) -> tuple[int, int] | None:
     return None if frame.picture is None else (frame.picture.shape[2], frame.picture.shape[1])
-
-
-class ClipFolder:
-    """People from clips, one for each kept clip: what a builder of conversations about named people draws from.
-
-    Args:
-        manifest: as `build_clips` made or `load_manifest` read it.
-
-    Raises:
-        ClipError: no clip was kept.
-    """
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        if not self.people():
-            raise ClipError(f"no clip was kept; clips: {_listed(manifest.clip_counts)}")
-
-    def people(self) -> tuple[str, ...]:
-        """Ids of the people: the names of the kept clips."""
-        return tuple(clip.name for clip in self._manifest.clips if clip.kept)
-
-    def frames(self, person: str) -> Tensor:
-        """Aligned faces of a person, uint8 (F, 3, s, s); raises ClipError for one who is not there."""
-        return load_clip_frames(self._manifest, person)
-
-    def split(self, name: str) -> Literal["train", "heldout"]:
-        """The split a clip belongs to, by a hash of its name alone, whatever other clips there are."""
-        number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
-        return "heldout" if number % SPLIT_PARTS == 0 else "train"

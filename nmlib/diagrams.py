@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
+from torch import Tensor, nn
 
 from nmlib.conversation import Conversation
+from nmlib.layout import Layout
+from nmlib.mllm import HistoryMLLM
 from nmlib.plots import ACCENT, INK, MUTED, WIDTH, Figure, Picture, pixels, wrap
 
 KINDS = {
@@ -239,3 +242,30 @@ def heat_maps(
                 )
     figure.colorbar(image, ax=grid, shrink=0.8).ax.tick_params(labelsize=8)
     return figure
+
+
+@torch.no_grad()
+def kept_maps(model: HistoryMLLM, layout: Layout, history: Tensor, size: int) -> Tensor:
+    """What the copy gate keeps of the picture that each query block starts from, as pictures.
+
+    Args:
+        model: predicts; without a gate it keeps nothing.
+        layout: the batch.
+        history: (C, N, D_feature) features in the order of `layout.history`.
+        size: pixels a side.
+
+    Returns:
+        (Q, 3, size, size) from 0, drawn anew, to 1, kept, in the order of `layout.queries`.
+    """
+    kept = torch.zeros(len(layout.queries), model.tokens_per_image)  # (Q, N)
+    if model.copy_gate is not None:
+        said: list[Tensor] = []
+        watch = model.copy_gate.register_forward_hook(lambda *call: said.append(call[-1]))
+        try:
+            model.predict(layout, history)
+        finally:
+            watch.remove()
+        kept = said[0].squeeze(-1).sigmoid().cpu() * (layout.bases.cpu() >= 0)[:, None]  # (Q, N)
+    side = int(kept.shape[1] ** 0.5)
+    grids = kept.float().unflatten(1, (side, side))[:, None]  # (Q, 1, n, n)
+    return nn.functional.interpolate(grids, (size, size)).expand(-1, 3, -1, -1)  # (Q, 3, size, size)

@@ -16,7 +16,6 @@ from toy import raised
 
 from nmlib.__main__ import main
 from nmlib.clips import (
-    ClipFolder,
     Manifest,
     TooManyRejected,
     build_clips,
@@ -275,24 +274,17 @@ def test_files_that_changed_since_are_noticed(stored: Path) -> None:
 # people
 
 
-def test_people_of_a_folder(stored: Path) -> None:
-    people = ClipFolder(load_manifest(stored))
-    assert people.people() == ("anna", "ben")
-    assert people.frames("anna").shape == (3, 3, 16, 16) and people.frames("anna").dtype == torch.uint8
-    assert raised(lambda: people.frames("carl"), ClipError).startswith("no clip 'carl'")
+def test_people_of_a_manifest(stored: Path) -> None:
+    manifest = load_manifest(stored)
+    faces = load_clip_frames(manifest, "anna")
+    assert faces.shape == (3, 3, 16, 16) and faces.dtype == torch.uint8
+    assert raised(lambda: load_clip_frames(manifest, "carl"), ClipError).startswith("no clip 'carl'")
 
 
 def test_no_people_is_an_error(tmp_path: Path) -> None:
     manifest = build(clip(tmp_path / "anna", *REDS[:1]))
-    assert raised(lambda: ClipFolder(manifest), ClipError) == "no clip was kept; clips: 1 too few frames"
-
-
-def test_the_split_depends_on_the_name_alone(stored: Path) -> None:
-    """About one in eight of many names; a few known ones hold the hash fast."""
-    people = ClipFolder(load_manifest(stored))
-    held = [people.split(f"person {number}") == "heldout" for number in range(4000)]
-    assert 0.1 < sum(held) / 4000 < 0.15
-    assert [number for number in range(30) if held[number]] == [2, 4, 5, 13, 17, 18, 19, 22]
+    text = raised(lambda: write_clips(manifest, tmp_path / "people", 16), ClipError)
+    assert text == "no clip was kept; clips: 1 too few frames" and not (tmp_path / "people").exists()
 
 
 def test_clips_of_the_world_go_the_same_way(tmp_path: Path) -> None:

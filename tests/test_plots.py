@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
+from toy import conversations, make_model, random_features
 
 from nmlib import diagrams, plots
 from nmlib.config import DataConfig
@@ -153,3 +154,23 @@ def test_a_size_that_means_nothing_is_said_to(meaningful: bool) -> None:
     text = plots.about(SimpleNamespace(name="tiny", params=params)).data  # type: ignore[arg-type]
     assert text.startswith("Run `tiny`: source *world*, 32 px, 16 tokens a picture, seed 0.")
     assert ("mean nothing" in text) is not meaningful
+
+
+def test_kept_maps_show_the_gate_and_nothing_without_one() -> None:
+    told, features = conversations(), random_features(2, 4)
+    for gate in (True, False):
+        model, template = make_model(3, copy_gate=gate)
+        batch = template.packed(told)
+        history = features[batch.history[:, 0], batch.history[:, 1]]
+        if model.copy_gate is not None:
+            torch.nn.init.normal_(model.copy_gate.weight)
+        maps = diagrams.kept_maps(model, batch, history, 6)
+        assert maps.shape == (len(batch.queries), 3, 6, 6)
+        with torch.no_grad():
+            output = model.predict(batch, history)
+        for one, image, drawn, base in zip(maps, output.images, output.drawn, batch.bases.tolist(), strict=True):
+            start = history[base] if base >= 0 else drawn
+            cells = one[0, 1::3, 1::3].flatten()[:, None]  # a pixel inside each of 2 x 2 tokens
+            torch.testing.assert_close(drawn + cells * (start - drawn), image, rtol=1e-4, atol=1e-5)
+            assert bool((cells > 0).all()) == (gate and base >= 0)
+        assert model.copy_gate is None or not model.copy_gate._forward_hooks, "the hook is gone"

@@ -93,7 +93,7 @@ class Counted:
             words = " ".join(["red"] * (node % 3 + 1))
             talk = Conversation("x", "toy", (*[make_round("edit", "x", 0)] * index, make_round("edit", words, 0)))
             cache.read_text([TEMPLATE.prompt(talk, index)], index)
-            cache.read_images(random_features(1, 1, node)[0], index)
+            cache.read_images(random_features(2, 1, node)[:1, 0], index)  # a part of a larger storage
             self.tree.keep(node, cache)
             self.read += 1
         check(self.tree)
@@ -138,6 +138,20 @@ def test_the_longest_beginning_is_used_and_going_back_copies_nothing() -> None:
     torch.testing.assert_close(counted.visit(0, 1, 2, 3).query(), there, **CLOSE)
     counted.visit(9)
     assert counted.read == 6 and counted.tree.resume([])[1] == 0
+
+
+def test_every_picture_of_a_branch_is_one_to_start_from() -> None:
+    """Read, kept by the working copy, or brought back from the tree: round r has the picture of its node."""
+    counted = Counted()
+    counted.visit(0, 1, 2, 3)
+    counted.visit(0, 4)
+    for path in ((0, 4), (0, 1), (0, 1, 2, 3), (0, 1), (0, 4)):
+        cache, fresh = counted.visit(*path), Counted().visit(*path)
+        assert list(cache.pictures) == list(range(len(path)))
+        for index, node in enumerate(path):
+            assert torch.equal(cache.pictures[index], random_features(2, 1, node)[:1, 0])
+            torch.testing.assert_close(cache.query([index]), fresh.query([index]), **CLOSE)
+    assert counted.read == 5, "everything was there"
 
 
 def test_words_that_were_read_and_not_kept_are_forgotten() -> None:
