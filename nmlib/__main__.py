@@ -33,6 +33,10 @@ app = typer.Typer(
 checkpoints = typer.Typer(help="Look into weights.", no_args_is_help=True)
 app.add_typer(checkpoints, name="checkpoint")
 ParamsOption = Annotated[str, typer.Option("--params", help="Name of a file in params/, or the path of one.")]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of SEED-X's weights, for params like `paper`; by default `weights` in the run's folder."),
+]
 
 
 @app.command()
@@ -70,7 +74,7 @@ def train(
     stage: Annotated[str, typer.Option(help="Stage of the params file, or `encoder` or `detokenizer`.")],
     params: ParamsOption = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Added to the run's seed, for intervals over seeds.")] = 0,
-    weights: Annotated[Path | None, typer.Option(help="Folder of SEED-X's weights, for params like `paper`.")] = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Train one stage with all it starts from; under `accelerate launch` in several processes."""
     from nmlib import jobs  # loads the model libraries, which takes seconds
@@ -90,19 +94,20 @@ def train(
 def evaluate(
     stage: Annotated[str, typer.Option(help="Stage of the params file that was trained.")],
     name: Annotated[str, typer.Option(help="Imported data set, of which the held-out part is asked.")],
-    weights: Annotated[Path, typer.Option(help="Folder of the weights that the training began with.")],
+    weights: WeightsOption = None,
     params: ParamsOption = "paper",
 ) -> None:
     """Measure whether a SEED-X that was trained here finds the picture that it is sent back to."""
-    from nmlib import seedx_evaluation  # loads the model libraries, which takes seconds
+    from nmlib import seedx_evaluation, seedx_training  # these load the model libraries, which takes seconds
     from nmlib.checkpoint import CheckpointError
     from nmlib.conversation import ConversationError
 
     try:
-        found = seedx_evaluation.evaluate(Project.find().open(params), stage, name, weights)
+        opened = Project.find().open(params)
+        table = seedx_evaluation.evaluate(opened, stage, name, seedx_training.weights_folder(opened, weights))
     except (CheckpointError, ConversationError) as error:
         raise RunError(str(error)) from None
-    typer.echo(found.to_string(index=False, float_format="{:.3f}".format))
+    typer.echo(seedx_evaluation.summary(table).to_string(index=False, float_format="{:.3f}".format))
 
 
 @app.command()

@@ -104,13 +104,13 @@ def _step(root: Path, name: str) -> Step:
 
 
 def write_absent(step: Step, run: Run, path: Path) -> None:
-    """Write the page of a chapter that a run's params file has nothing for: its title, and why it is empty."""
+    """Write the page of a chapter that a run's params file has nothing for: its question, and why it ends there."""
     notebook = nbformat.read(step.path, as_version=4)
-    title = notebook.cells[0].source.splitlines()[0]
-    note = (
-        f"This chapter is about `{step.about}`, and `params/{run.name}.yaml` has none. Build the book of other params."
-    )
-    notebook.cells = [nbformat.v4.new_markdown_cell(f"{title}\n\n{note}", id="absent")]
+    wanted = f"is about `{step.about}`" if step.about else "is about the small model"
+    found = "describes SEED-X" if run.params.seedx is not None else "has none"
+    note = f"This chapter {wanted}, and `params/{run.name}.yaml` {found}. Build the book of other params."
+    note = f":::{{note}}\n{note}\n:::"
+    notebook.cells = [notebook.cells[0], nbformat.v4.new_markdown_cell(note, id="absent")]
     with runtime.atomic_path(path) as temporary:
         nbformat.write(notebook, temporary)
 

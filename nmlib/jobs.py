@@ -23,7 +23,8 @@ def train_one(run: Run, name: str, seed: int = 0, weights: Path | None = None) -
         run: takes the files.
         name: `encoder`, `detokenizer` or the name of a stage.
         seed: added to the run's seed; of stages only.
-        weights: folder of SEED-X's weights, with the encoder in it or beside it; of `seedx:` only.
+        weights: folder of SEED-X's weights, with the encoder in it or beside it; of `seedx:` only, by default
+            `weights` in the run's folder.
 
     Returns:
         Loss history.
@@ -49,11 +50,9 @@ def train_one(run: Run, name: str, seed: int = 0, weights: Path | None = None) -
 def _train_seedx(run: Run, name: str, seed: int, weights: Path | None) -> History:
     if name in (ENCODER, DETOKENIZER):
         raise RunError(f"{run.params.name}: SEED-X's {name} comes with its weights; name a stage")
-    if weights is None:
-        raise RunError(f"{run.params.name}: SEED-X begins with released weights; give their folder with --weights")
-    stages = _with_earlier(run, name)
+    stages, folder = _with_earlier(run, name), seedx_training.weights_folder(run, weights)
     _require_drawn(run, {part for stage in stages for part in stage.data})
-    return [seedx_training.train_stage(run, stage.name, weights, seed) for stage in stages][-1]
+    return [seedx_training.train_stage(run, stage.name, folder, seed) for stage in stages][-1]
 
 
 def _with_earlier(run: Run, name: str) -> list[StageConfig]:

@@ -23,6 +23,7 @@ from nmlib.seedx_training import PictureReader, open_stage
 from nmlib.stored_sets import StoredSet
 
 HISTORIES = ("own", "clean")
+COLUMNS = ("history", "depth", "right", "chance", "conversation", "round", "base", "nearest")
 
 
 @torch.no_grad()
@@ -79,6 +80,9 @@ def retrieval_rows(
                 distinct = len(torch.unique(pictures.flatten(1), dim=0))
                 found.append(
                     {
+                        "round": index,
+                        "base": item.base,
+                        "nearest": nearest,
                         "history": history,
                         "depth": conversation.depth(index),
                         "right": torch.equal(pictures[nearest], pictures[item.base]),
@@ -104,7 +108,7 @@ def retrieval_table(system: System, stored: StoredSet, limit: int | None = None)
         conversations = stored.take([index])
         layout = system.template.packed(conversations).to(device())
         rows += retrieval_rows(reader, layout, conversations)
-    return pd.DataFrame(rows, columns=["history", "depth", "right", "chance", "conversation"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -118,13 +122,22 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def evaluate(run: Run, stage: str, name: str, weights: Path, seed: int = 0) -> pd.DataFrame:
-    """Ask a trained stage on the held-out part of a data set, and write a record for every line of the result."""
+    """Ask a trained stage on the held-out part of a data set; writes a record for every line of the summary.
+
+    Args:
+        run: holds the stage and the data set.
+        stage: name of the stage.
+        name: of the data set.
+        weights: folder that the training began with.
+        seed: of the training.
+
+    Returns:
+        Rows of `retrieval_table`.
+    """
     stored = StoredSet(run.path("data", name, HELDOUT))
-    command = f"python -m nmlib evaluate --params {run.name} --stage {stage} --name {name} --weights {weights.name}"
-    found = summary(
-        retrieval_table(open_stage(run, stage, weights, seed), stored, run.params.experiments.conversations)
-    )
-    for row in found.itertuples():
+    command = f"python -m nmlib evaluate --params {run.name} --stage {stage} --name {name}"
+    table = retrieval_table(open_stage(run, stage, weights, seed), stored, run.params.experiments.conversations)
+    for row in summary(table).itertuples():
         write_record(
             run,
             f"seedx.retrieval.{row.history}.depth{row.depth}.{stage}",
@@ -136,4 +149,4 @@ def evaluate(run: Run, stage: str, name: str, weights: Path, seed: int = 0) -> p
             unit="share",
             command=command,
         )
-    return found
+    return table

@@ -29,6 +29,7 @@ from nmlib.train import History
 
 ENCODED_AT_ONCE = 16
 NOTES = "training.json"  # beside a stage's weights: how they came to be
+WEIGHTS = "weights"  # in a run's folder: SEED-X's own, or a link to it
 
 
 class PictureReader(nn.Module):
@@ -123,6 +124,30 @@ def stage_batches(
         }
 
     return batch_at
+
+
+def weights_folder(run: Run, given: Path | None = None) -> Path:
+    """Folder of the released weights that a run begins with: the given one, or `weights` in the run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = (given or run.path(WEIGHTS)).resolve()  # the encoder lies beside what a link points at
+    if not folder.is_dir():
+        hint = "" if given else ", or link it there: `ln -s FOLDER " + str(run.path(WEIGHTS)) + "`"
+        raise CheckpointError(
+            f"{folder}: no such folder; SEED-X begins with released weights, give theirs with --weights{hint}"
+        )
+    return folder
+
+
+def imported_stages(run: Run) -> dict[str, list[str]]:
+    """Every stage of a run and the data sets it lacks, its own and those of the stages it continues."""
+    lacks: dict[str, list[str]] = {}
+    for stage in run.params.stages:
+        own = [name for name in stage.data if not run.path("data", name, "rounds.parquet").is_file()]
+        lacks[stage.name] = list(dict.fromkeys([*lacks.get(stage.start or "", []), *own]))
+    return lacks
 
 
 def open_stage(run: Run, name: str, weights: Path, seed: int = 0) -> System:

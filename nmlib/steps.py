@@ -36,6 +36,7 @@ class Step:
         library: hash of the library code it uses.
         needs: names of the notebooks whose artefacts it may read.
         about: block of the params file without which it has nothing to show, for example `people`; None for none.
+            With a `seedx` block, the models and data of the other notebooks are not those that the file describes.
     """
 
     path: Path
@@ -46,6 +47,8 @@ class Step:
 
     def applies(self, params: Params) -> bool:
         """Whether a params file has what the notebook is about."""
+        if params.seedx is not None:
+            return self.about == "seedx"
         return self.about is None or bool(getattr(params, self.about))
 
     @property

@@ -52,7 +52,8 @@ class StoredSet:
 
     Args:
         folder: written by `writing` or by `storage.save_conversations`.
-        keep: which conversations are used, judged without their pictures; all by default.
+        keep: which conversations are used, judged without their pictures; all by default. They are `told`, without
+            their pictures.
 
     Raises:
         ConversationError: the folder is missing, damaged, or its two files are not of one writing; or none is kept.
@@ -79,14 +80,15 @@ class StoredSet:
             raise ConversationError(f"{path}: none of its {len(told)} conversations can be used; build it with others")
         self.dropped = len(told) - len(chosen)
         self._places = [(starts[index], starts[index + 1]) for index in chosen]
-        self._told = ConversationFeatures([told[index] for index in chosen], [])
+        self.told = [told[index] for index in chosen]
+        self._lengths = ConversationFeatures(self.told, [])
 
     def __len__(self) -> int:
         return len(self._places)
 
     def batch(self, step: int, pictures: int, seed: int) -> list[Conversation]:
         """Conversations of one length, about `pictures` pictures in all; a pure function of step and seed."""
-        return self.take(self._told.batch_indices(step, pictures, seed))
+        return self.take(self._lengths.batch_indices(step, pictures, seed))
 
     def take(self, indices: Sequence[int]) -> list[Conversation]:
         """Conversations with their pictures, every row checked."""

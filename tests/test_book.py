@@ -175,5 +175,5 @@ def test_a_chapter_about_what_a_run_has_not_is_a_note(project_root: Path, tmp_pa
     step = Step(project_root / "notebooks" / "01_one.ipynb", "", "", (), about="people")
     assert step.applies(run.params) and not step.applies(run.params.model_copy(update={"people": {}}))
     book.write_absent(step, run, tmp_path / "01_one.ipynb")
-    [cell] = nbformat.read(tmp_path / "01_one.ipynb", as_version=4).cells
-    assert cell.source.startswith("# ") and ".yaml` has none" in cell.source
+    question, note = nbformat.read(tmp_path / "01_one.ipynb", as_version=4).cells
+    assert question.source.startswith("# ") and "is about `people`, and `params/tiny.yaml` has none" in note.source

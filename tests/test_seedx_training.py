@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 import pytest
 import seedx_toy
@@ -16,7 +17,8 @@ from toy import raised
 from nmlib import config, curriculum, jobs, runtime, seedx_evaluation, seedx_training, train
 from nmlib.checkpoint import CheckpointError
 from nmlib.conversation import Conversation, Round, to_picture
-from nmlib.imports import import_set
+from nmlib.imports import HELDOUT, import_set
+from nmlib.pipeline import Project
 from nmlib.runtime import Run, RunError
 from nmlib.seedx_checkpoint import from_pretrained
 from nmlib.seedx_evaluation import nearest_picture, predict_rounds, retrieval_rows, retrieval_table
@@ -231,8 +233,11 @@ def test_predictions_stand_where_encoded_pictures_stood(tmp_path: Path) -> None:
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     run = write_params(tmp_path)
-    text = raised(lambda: jobs.train_one(run, "base"), RunError)
-    assert text == "toy: SEED-X begins with released weights; give their folder with --weights"
+    text = raised(lambda: jobs.train_one(run, "base"), CheckpointError)
+    assert text.startswith(f"{run.folder / 'weights'}: no such folder; SEED-X begins with released weights")
+    assert text.endswith(f"or link it there: `ln -s FOLDER {run.folder / 'weights'}`")
+    text = raised(lambda: jobs.train_one(run, "base", weights=tmp_path / "none"), CheckpointError)
+    assert text.endswith("give theirs with --weights")
     text = raised(lambda: jobs.train_one(run, "encoder", weights=tmp_path), RunError)
     assert text == "toy: SEED-X's encoder comes with its weights; name a stage"
     text = raised(lambda: jobs.train_one(run, "rollback", weights=tmp_path), RunError)
@@ -327,8 +332,63 @@ def test_own_history_is_what_was_predicted(trained: tuple[Run, Path, list[Any]])
 
 def test_evaluation_writes_records(trained: tuple[Run, Path, list[Any]]) -> None:
     run, weights, _ = trained
-    found = seedx_evaluation.evaluate(run, "rollback", "rollback", weights)
+    table = seedx_evaluation.evaluate(run, "rollback", "rollback", weights)
+    found = seedx_evaluation.summary(table)
     assert isinstance(found, pd.DataFrame) and len(found) and (found["low"] <= found["right"]).all()
     record = runtime.read_json(run.path("records", f"seedx.retrieval.own.depth{found['depth'].iloc[0]}.rollback.json"))
     assert record["unit"] == "share" and record["n"] == found[found["history"] == "own"]["rounds"].iloc[0]
     assert config.digest(run.params) == record["params_hash"]
+    stored = StoredSet(run.path("data", "rollback", HELDOUT))
+    told = {conversation.id: conversation for conversation in stored.take(range(len(stored)))}
+    for row in table.itertuples():
+        images = told[row.conversation].images
+        assert images is not None and told[row.conversation].rounds[row.round].base == row.base
+        assert row.right == torch.equal(images[row.base], images[row.nearest])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the notebook
+
+
+def test_a_run_of_seedx_is_its_own_notebook_and_no_other(trained: tuple[Run, Path, list[Any]]) -> None:
+    """The notebooks about the small model would draw a world at 448 pixels and train an encoder of its size."""
+    run, *_ = trained
+    steps = Project(PAPER.parent.parent).steps()
+    assert [step.name for step in steps if step.applies(run.params)] == ["15_seedx"]
+    small = config.load(PAPER.parent / "smoke.yaml")
+    assert [step.name for step in steps if not step.applies(small)] == ["15_seedx"]
+
+
+def test_the_notebook_takes_what_was_trained_and_asks_it(
+    trained: tuple[Run, Path, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, weights, history = trained
+    run.path("weights").symlink_to(weights)
+    assert seedx_training.weights_folder(run) == weights.resolve()
+    monkeypatch.setattr(train, "run_training", lambda *_, **__: pytest.fail("trains again"))
+    names = run_cells(run, monkeypatch)
+    assert names["ready"] == ["base", "rollback"] and names["histories"]["rollback"] == history
+    assert names["lacks"]["stage12"] == ["same", "masked"] and names["lacks"]["markov"] == ["markov"]
+    assert set(names["answers"]["stage"]) == {"base", "rollback"} and len(names["shown"]) > 0
+    assert [len(row) for row in names["rows"].values()] == [len(names["shown"])] * 2
+
+
+def test_the_notebook_says_what_is_to_be_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_params(tmp_path)
+    assert "ln -s FOLDER" in raised(lambda: run_cells(run, monkeypatch), CheckpointError)
+    seedx_toy.write_released(tmp_path / "seed_x")
+    run.path("weights").symlink_to(tmp_path / "seed_x")
+    assert "no stage has its data sets yet" in raised(lambda: run_cells(run, monkeypatch), AssertionError)
+
+
+def run_cells(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the cells of the notebook define."""
+    path = PAPER.parent.parent / "notebooks" / "15_seedx.ipynb"
+    monkeypatch.chdir(path.parent)
+    names: dict[str, Any] = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= {"params": str(run.path("params.yaml")), "run": str(run.folder)}
+    return names
