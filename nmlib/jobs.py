@@ -30,7 +30,8 @@ def train_one(run: Run, name: str, seed: int = 0, weights: Path | None = None) -
         Loss history.
 
     Raises:
-        RunError: there is no such stage, a data set was not drawn or imported yet, or weights are missing or of no use.
+        RunError: there is no such stage, or a data set was not drawn or imported yet.
+        CheckpointError: SEED-X's weights are missing.
     """
     if run.params.seedx is not None:
         return _train_seedx(run, name, seed, weights)
