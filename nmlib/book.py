@@ -108,8 +108,8 @@ def write_absent(step: Step, run: Run, path: Path) -> None:
     notebook = nbformat.read(step.path, as_version=4)
     wanted = f"is about `{step.about}`" if step.about else "is about the small model"
     found = "describes SEED-X" if run.params.seedx is not None else "has none"
-    note = f"This chapter {wanted}, and `params/{run.name}.yaml` {found}. Build the book of other params."
-    note = f":::{{note}}\n{note}\n:::"
+    why = f"This chapter {wanted}, and `params/{run.name}.yaml` {found}. Build the book of other params."
+    note = f":::{{note}}\n{why}\n:::"
     notebook.cells = [notebook.cells[0], nbformat.v4.new_markdown_cell(note, id="absent")]
     with runtime.atomic_path(path) as temporary:
         nbformat.write(notebook, temporary)

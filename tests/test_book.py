@@ -11,9 +11,10 @@ from conftest import write_notebook
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from nmlib import book, claims, links
+from nmlib.config import SeedXConfig
 from nmlib.pipeline import Project
 from nmlib.records import write_record
-from nmlib.runtime import RunError
+from nmlib.runtime import Run, RunError
 from nmlib.steps import Step
 
 ROOT = Path(__file__).parent.parent
@@ -177,3 +178,9 @@ def test_a_chapter_about_what_a_run_has_not_is_a_note(project_root: Path, tmp_pa
     book.write_absent(step, run, tmp_path / "01_one.ipynb")
     question, note = nbformat.read(tmp_path / "01_one.ipynb", as_version=4).cells
     assert question.source.startswith("# ") and "is about `people`, and `params/tiny.yaml` has none" in note.source
+    seedx = Run(run.params.model_copy(update={"seedx": SeedXConfig()}), run.folder)
+    small = Step(step.path, "", "", ())
+    assert small.applies(run.params) and not small.applies(seedx.params)
+    book.write_absent(small, seedx, tmp_path / "01_one.ipynb")
+    _, note = nbformat.read(tmp_path / "01_one.ipynb", as_version=4).cells
+    assert "is about the small model, and `params/tiny.yaml` describes SEED-X" in note.source
