@@ -17,6 +17,7 @@ import torch
 from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
@@ -37,6 +38,7 @@ FIXED = {
     "same": "#0072b2", "other": "#d55e00",
 }  # fmt: skip
 SPARE = ("#009e73", "#cc79a7", "#e69f00", "#7b61b8", "#56b4e9", "#a6761d")
+LABEL = (46.0, 10.0)  # points that the name of a point takes
 DASHES = {"prefix": (0, (5, 2)), "oracle": (0, (1, 1.4))}
 
 
@@ -292,18 +294,39 @@ def frontier(table: pd.DataFrame, lines: Mapping[str, float]) -> Figure:
     figure = Figure(7.0, 4.4, layout="constrained")
     axes = figure.subplots()
     _plain(axes)
-    stages = list(table["stage"].unique())
-    for stage, colour in colours(stages).items():
+    palette, points = colours(list(table["stage"].unique())), {}
+    for stage, colour in palette.items():
         part = table[table["stage"] == stage]
         x, y = (bootstrap(torch.tensor(part[name].to_numpy()), 400) for name in ("compliance", "identity"))
         spread = [[[p.value - p.low], [p.high - p.value]] for p in (x, y)]
         axes.errorbar(x.value, y.value, xerr=spread[0], yerr=spread[1], fmt="o", color=colour, capsize=2)
-        axes.annotate(stage, (x.value, y.value), xytext=(5, 4), textcoords="offset points", fontsize=8.5, color=colour)
+        points[stage] = (x.value, y.value)
     for name, value in lines.items():
         axes.axhline(value, color=MUTED, linestyle="--", linewidth=1)
         axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, color=MUTED, va="bottom")
     axes.set(xlabel="named attributes that are right", ylabel="similarity to another true picture")
+    _name_points(axes, points, palette)
     return figure
+
+
+def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]], palette: Mapping[str, str]) -> None:
+    """Write the name of each point beside it, higher up where another name stands already."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # where points lie on the page is known only now
+    places: list[tuple[float, float]] = []
+    for stage, point in sorted(points.items(), key=lambda item: item[1][1]):
+        spot = axes.transData.transform(point) * 72 / figure.dpi  # (2,)
+        x, y = spot[0] + 5, spot[1] + 4
+        while any(abs(x - left) < LABEL[0] and abs(y - bottom) < LABEL[1] for left, bottom in places):
+            y += 1
+        places.append((x, y))
+        beside = (x - spot[0], y - spot[1])
+        line = {"arrowstyle": "-", "color": palette[stage], "linewidth": 0.5, "shrinkB": 3}
+        axes.annotate(
+            stage, point, xytext=beside, textcoords="offset points", fontsize=8.5, color=palette[stage],
+            arrowprops=line if beside[1] > LABEL[1] else None, path_effects=[withStroke(linewidth=2.5, foreground="w")],
+        )  # fmt: skip
 
 
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], columns: Mapping[str, str]) -> Figure:
