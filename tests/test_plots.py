@@ -1,5 +1,6 @@
 """Figures show what the tables say, in the same colours everywhere, and never touch global state."""
 
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.text import Annotation, Text
 from PIL import Image
 from toy import conversations, make_model, random_features
 
@@ -110,6 +112,20 @@ def test_curves_have_a_panel_for_each_column() -> None:
     figure = plots.curves(table, "round", {"accuracy": "right", "psnr": "dB"}, by="policy")
     assert [axes.get_title() for axes in figure.axes] == ["right", "dB"]
     assert np.allclose(figure.axes[0].lines[1].get_ydata(), [0.9, 0.8, 0.7])
+
+
+def test_names_of_neighbouring_points_do_not_cover_each_other() -> None:
+    crowd = ("joint", "skip1", "skip2", "paired", "stage123")
+    rows = [{"stage": name, "compliance": 0.5 + 0.001 * place, "identity": 0.5} for place, name in enumerate(crowd)]
+    figure = plots.frontier(pd.DataFrame([*rows, {"stage": "far", "compliance": 0.1, "identity": 0.9}] * 3), {})
+    axes = figure.axes[0]
+    figure.draw_without_rendering()
+    names = [text for text in axes.texts if isinstance(text, Annotation)]
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in names}  # without their lines
+    assert set(boxes) == {*crowd, "far"}
+    assert not [(a, b) for a, b in combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+    lifted = {text.get_text() for text in names if text.arrow_patch is not None}
+    assert lifted and "far" not in lifted  # a name that had to go elsewhere has a line to its point
 
 
 def test_losses_that_fall_far_are_drawn_on_a_logarithmic_scale() -> None:
