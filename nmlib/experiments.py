@@ -16,12 +16,13 @@ from torch import Tensor
 from nmlib import batches, chat, codec, curriculum, data, metrics, rollback, runtime, train
 from nmlib.chat import POLICIES, System
 from nmlib.config import DataConfig
-from nmlib.conversation import Conversation
+from nmlib.conversation import Conversation, Edit
 from nmlib.identity import FaceEmbedder
 from nmlib.metrics import Candidates
+from nmlib.personalization import OWN
 from nmlib.records import write_record
 from nmlib.runtime import Run, progress
-from nmlib.sources import Source
+from nmlib.sources import Source, attribute_index
 
 BATCH = 64
 PROBE_SEED = 90_000
@@ -49,13 +50,36 @@ def read_sets(run: Run, names: Iterable[str]) -> dict[str, data.ConversationFeat
         return {name: batches.load(run.params, name, run.path("data", name), encode, key) for name in names}
 
 
+class AnswerableEditor(rollback.ExactEditor):
+    """Edits of any state that somebody who saw the conversation can make.
+
+    "Remove the hair dye" has no right answer while every picture shows dyed hair: nobody knows the colour. The Markov
+    ceiling, which takes every edit to be as likely as any other, counts these few in.
+    """
+
+    def propose(self, conversation: Conversation, base: int, rng: random.Random) -> tuple[Edit | None, str] | None:
+        """As `ExactEditor.propose`, until an edit needs no look that no picture has shown."""
+        for _ in range(100):
+            proposal = super().propose(conversation, base, rng)
+            if proposal is None or self._was_shown(conversation, proposal[0]):
+                return proposal
+        return None
+
+    def _was_shown(self, conversation: Conversation, edit: Edit | None) -> bool:
+        if edit is None or edit.value != OWN:
+            return True
+        place = attribute_index(self.source, edit.attribute)
+        own = self.source.attributes[place].values.index(OWN)
+        return any(item.values is not None and item.values[place] == own for item in conversation.rounds)
+
+
 def probe_conversations(
     source: Source, count: int, rounds: int, depth: int, *, phrasing: str = "heldout", seed: int = PROBE_SEED
 ) -> list[Conversation]:
     """Test conversations: a Markov chain of held-out subjects, then one rollback of exactly `depth`.
 
     Half of them also make a new edit there. Identities and phrasings are held out; states are drawn freely, so
-    that one in eight ends in a combination of values that training never shows.
+    that one in eight ends in a combination of values that training never shows. Every request has a right answer.
 
     Args:
         source: an exact source.
@@ -68,7 +92,7 @@ def probe_conversations(
     generator = torch.Generator().manual_seed(seed + depth)
     subjects = source.sample_subjects(count, "heldout", generator)  # (B, S)
     settings = DataConfig(conversations=count, rounds=(rounds,))
-    editor = rollback.ExactEditor(source, "any")
+    editor = AnswerableEditor(source, "any")
     builder = rollback.ConversationBuilder(source.attributes, editor, settings, phrasing)
     conversations = []
     for index, subject in enumerate(subjects):

@@ -15,9 +15,12 @@ from nmlib.experiments import Stopwatch, probe_conversations
 from nmlib.identity import FaceEmbedder
 from nmlib.records import read_records
 from nmlib.runtime import Run
+from nmlib.sources import attribute_index
 from nmlib.world import WorldSource, is_heldout
 
 ATTRIBUTES = [attribute.name for attribute in SOURCE.attributes]
+WORLD = WorldSource(16)
+HAIR = attribute_index(WORLD, "hair")
 
 
 @pytest.fixture
@@ -59,6 +62,25 @@ def test_probes_repeat_and_differ_by_depth_and_seed() -> None:
     assert first != probe_conversations(SOURCE, 4, 5, 2, seed=1)
     heard = probe_conversations(SOURCE, 4, 5, 2, phrasing="train")
     assert not any(phrases.is_heldout(item.instruction) for probe in heard for item in probe.rounds[1:])
+
+
+def hair_was_shown(probe: Conversation) -> bool:
+    """Whether natural hair, if the last request asks for it, is to be seen before."""
+    edit = probe.rounds[-1].edit
+    shown = [item.values[HAIR] == 0 for item in probe.rounds[:-1] if item.values is not None]
+    return (edit is None or (edit.attribute, edit.value) != ("hair", "own")) or any(shown)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_every_request_of_a_probe_has_an_answer(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = 2 if depth == 0 else depth + 2
+    probes = probe_conversations(WORLD, 300, rounds, depth)
+    assert all(hair_was_shown(probe.prefix(length)) for probe in probes for length in range(2, rounds + 1))
+    monkeypatch.setattr(experiments, "AnswerableEditor", rollback.ExactEditor)
+    before = probe_conversations(WORLD, 300, rounds, depth)
+    kept = [all(hair_was_shown(probe.prefix(length)) for length in range(2, rounds + 1)) for probe in before]
+    assert not all(kept)
+    assert all(now == then for now, then, same in zip(probes, before, kept, strict=True) if same)  # no other is redrawn
 
 
 def test_probes_visit_the_states_that_training_never_shows() -> None:
