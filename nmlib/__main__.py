@@ -105,7 +105,7 @@ def evaluate(
     try:
         opened = Project.find().open(params)
         table = seedx_evaluation.evaluate(opened, stage, name, seedx_training.weights_folder(opened, weights))
-    except (CheckpointError, ConversationError) as error:
+    except (CheckpointError, ConversationError, ValueError) as error:
         raise RunError(str(error)) from None
     typer.echo(seedx_evaluation.summary(table).to_string(index=False, float_format="{:.3f}".format))
 
@@ -183,13 +183,19 @@ def chat(
     except KeyError as error:
         raise RunError(str(error.args[0])) from None
     from nmlib import chat, data, experiments  # these load the model libraries, which takes seconds
+    from nmlib.checkpoint import CheckpointError
+    from nmlib.conversation import ConversationError
 
-    session = chat.ChatSession(experiments.load_system(opened, stage))
-    if picture is None:
-        source = data.open_source(opened.params.source)
-        session.upload(data.sample_pictures(source, 1, "heldout", data.step_generator(opened.params.seed, 0))[2][0])
-    else:
-        session.upload(picture)
+    try:
+        session = chat.ChatSession(experiments.load_system(opened, stage))
+        if picture is None:
+            source = data.open_source(opened.params.source)
+            chance = data.step_generator(opened.params.seed, 0)
+            session.upload(data.sample_pictures(source, 1, "heldout", chance)[2][0])
+        else:
+            session.upload(picture)
+    except (CheckpointError, ConversationError) as error:
+        raise RunError(str(error)) from None
     chat.repl(session, opened.path("chat", stage))
 
 
@@ -273,19 +279,26 @@ def inspect_data(
 @data_app.command("clips")
 def clips_of(
     paths: Annotated[list[Path], typer.Argument(help="Videos or folders of pictures, one person in each.")],
-    to: Annotated[Path, typer.Option(help="Folder that gets a folder of frames for every person.")],
+    to: Annotated[
+        Path,
+        typer.Option(
+            help="Folder that gets a folder of frames for every person. It is replaced as a whole, so it must be new, "
+            "empty, or of earlier people (with manifest.json), and hold none of the inputs."
+        ),
+    ],
     size: Annotated[int, typer.Option(min=16, help="Pixels a side of the frames.")] = 448,
     zoom: Annotated[float, typer.Option(min=1, help="Side of a frame over the side of the face in it.")] = 2.0,
     min_frames: Annotated[int, typer.Option(min=2, max=64, help="Fewest frames of a person that is kept.")] = 4,
 ) -> None:
     """Cut people out of videos: frames with one face that is not somebody else's; `data import` makes them talk."""
-    from nmlib.clips import build_clips, write_clips
+    from nmlib.clips import build_clips, check_target, write_clips
     from nmlib.config import ClipConfig
     from nmlib.faces import DlibEmbedder, FaceDetector
     from nmlib.frames import ClipError
     from nmlib.identity import IdentityError
 
     try:
+        check_target(to, paths)
         manifest = build_clips(paths, ClipConfig(min_frames=min_frames), FaceDetector(), DlibEmbedder())
         write_clips(manifest, to, size, zoom)
     except (ClipError, IdentityError) as error:
@@ -305,6 +318,7 @@ def import_data(
     ] = None,
 ) -> None:
     """Make data sets on disk into one of a params file: chains of edits, with rollbacks where it asks for them."""
+    from nmlib.archives import ArchiveError
     from nmlib.conversation import ConversationError
     from nmlib.full_body import FullBodyError
     from nmlib.imports import import_set
@@ -313,7 +327,7 @@ def import_data(
     opened = Project.find().open(params)
     try:
         found = import_set(opened, name, paths, max_rejected=max_rejected, password=password, pipeline=pipeline)
-    except (ReadError, ConversationError, FullBodyError) as error:
+    except (ReadError, ArchiveError, ConversationError, FullBodyError) as error:
         raise RunError(str(error)) from None
     typer.echo("\n".join(found.lines()))
 

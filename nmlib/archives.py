@@ -6,7 +6,10 @@ before anything of them is written.
 """
 
 import contextlib
+import errno
 import io
+import lzma
+import os
 import re
 import stat
 import tarfile
@@ -22,14 +25,17 @@ from nmlib.runtime import RunError, atomic_folder
 CHUNK = 1 << 20  # bytes read at a time
 FREE_BYTES = 1 << 20  # a few kilobytes of text may compress a thousandfold; below this size it is no bomb
 MAX_FILE_BYTES = 1 << 28  # of one picture or table in memory
+UNSAFE_PLACES = {errno.ENAMETOOLONG: "is too long", errno.ELOOP: "is a link that leads back to itself"}
 ARCHIVE_ERRORS = (
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
     EOFError,
     OSError,
     RuntimeError,
     NotImplementedError,
+    UnicodeError,
 )
 
 
@@ -53,26 +59,47 @@ class Limits:
 def unsafe_name(name: str) -> str | None:
     """Why a name must not be opened below a folder ("leads out of the folder", ...); None if it may be."""
     parts = re.split(r"[/\\]", name)
-    if not name.strip() or "\0" in name:
+    if not name.strip() or "\0" in name or not _can_be_named(name):
         return "is no file name"
     if name[0] in "/\\" or re.match(r"[A-Za-z]:", name):
         return "is an absolute path"
     return "leads out of the folder" if ".." in parts else None
 
 
+def _can_be_named(name: str) -> bool:
+    """Whether the system can write a name; it cannot where a text holds half of a character (a lone surrogate)."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def inside(root: Path, name: str) -> Path:
     """The path of `name` below `root`, links followed.
 
     Raises:
-        ArchiveError: the name is absolute or leads out of `root`, in words or by a link.
+        ArchiveError: the name is absolute, too long, or leads out of `root`, in words or by a link.
     """
     fault = unsafe_name(name)
     path = root / name if fault is None else root
-    if fault is None and not path.resolve().is_relative_to(root.resolve()):
-        fault = "is a link that leads out of the folder"
+    fault = fault or _unsafe_place(root, path)
     if fault is not None:
-        raise ArchiveError(f"{root}: name {name!r} {fault}; expected a path below it")
+        raise ArchiveError(f"{root}: name {name!r:.200} {fault}; expected a path below it")
     return path
+
+
+def _unsafe_place(root: Path, path: Path) -> str | None:
+    """Why a path must not be opened although its name is safe; None if it may be."""
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            return "is a link that leads out of the folder"
+        path.stat()
+    except RuntimeError:  # of `resolve`, before Python 3.13
+        return UNSAFE_PLACES[errno.ELOOP]
+    except OSError as error:  # a file that is not there, or not for us, is no danger
+        return UNSAFE_PLACES.get(error.errno or 0)
+    return None
 
 
 class _Budget:

@@ -105,6 +105,7 @@ def run_bench(
 def record(run: Run, report: Report) -> None:
     """Write every number of a report as a record `bench.<id>` of a run."""
     for result in report.results:
+        workload = result.id.partition(".")[0]
         write_record(
             run,
             f"bench.{result.id}",
@@ -114,7 +115,7 @@ def record(run: Run, report: Report) -> None:
             n=result.repeats,
             unit=result.unit,
             modules=("bench",),
-            command=f"python -m nmlib bench --params {run.name} --only {result.id.partition('.')[0]}",
+            command=f"python -m nmlib bench --params {run.name} --only {workload} --repeats {report.repeats}",
         )
 
 

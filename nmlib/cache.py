@@ -27,12 +27,11 @@ class Node:
     Args:
         id: number, in order of creation.
         parent: the node before it on its branch; None at the root.
-        kind: `upload`, or `say` for a picture the model made.
+        kind: `upload`, `describe` or `edit`.
         instruction: what the person said.
         response: what the model said before the picture.
         base: the node it started from as the model said it; None if it said nothing.
         seed: of the detokenizer's noise.
-        names: names that were introduced.
     """
 
     id: int
@@ -42,7 +41,6 @@ class Node:
     response: str
     base: int | None
     seed: int
-    names: tuple[str, ...] = ()
 
 
 class TokenCache:
@@ -125,7 +123,7 @@ class TokenCache:
         if "nodes" not in metadata:
             raise checkpoint.CheckpointError(f"{path}: holds no session; expected a file that `TokenCache.save` wrote")
         cache = cls()
-        cache.nodes = [Node(**{**raw, "names": tuple(raw["names"])}) for raw in metadata["nodes"]]
+        cache.nodes = [Node(**raw) for raw in metadata["nodes"]]
         cache._tokens = [tensors[str(node.id)] for node in cache.nodes]
         cache.current = metadata["current"]
         return cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from nmlib import phrases
@@ -186,7 +186,7 @@ class ChatSession:
         if isinstance(picture, Path):
             try:
                 with Image.open(picture) as opened:
-                    return from_picture(opened, str(picture), self.system.image_size)
+                    return from_picture(ImageOps.exif_transpose(opened), str(picture), self.system.image_size)
             except ConversationError:
                 raise
             except PICTURE_ERRORS as error:
@@ -261,9 +261,14 @@ class ChatSession:
         return self.tokens.go_to(id_)
 
     def branch(self, id_: int, instruction: str) -> Node:
-        """Go to a node and ask for something else from there."""
+        """Go to a node and ask for something else from there; where that fails, stay at the current node."""
+        before = self.tokens.current
         self.go_to(id_)
-        return self.say(instruction)
+        try:
+            return self.say(instruction)
+        except BaseException:
+            self.tokens.current = before
+            raise
 
     def picture(self, id_: int | None = None) -> Image.Image:
         """The picture of a node, the current one by default; a function of its tokens and seed alone."""
@@ -271,7 +276,7 @@ class ChatSession:
         return to_picture(self.system.decode(self.tokens.tokens(node.id)[None], seed=node.seed)[0])
 
 
-HELP = "say anything; /undo, /go N, /branch N WORDS, /tree, /quit"
+HELP = "say anything; /undo, /go N, /branch N WORDS, /tree, /quit; N as /tree counts, from 0"
 
 
 def repl(session: ChatSession, folder: Path) -> None:

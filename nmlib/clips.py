@@ -5,6 +5,7 @@ by what measure, and where its aligned face lies. The faces are cut from the fil
 with what surrounds them as folders of frames, from which conversations by name are made.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
@@ -26,6 +27,7 @@ __all__ = [
     "Manifest",
     "TooManyRejected",
     "build_clips",
+    "check_target",
     "load_clip_frames",
     "load_manifest",
     "read_clip",
@@ -33,6 +35,7 @@ __all__ = [
     "write_clips",
 ]
 
+MANIFEST = "manifest.json"
 BLIND_CLIPS = 3  # so many kept clips whose faces all lie within
 BLIND_DISTANCE = 0.05  # of one another were looked at by something that cannot tell people apart
 
@@ -252,6 +255,35 @@ def _kept(manifest: Manifest, clip: str) -> Iterator[tuple[Tensor, Square]]:
             yield frame.picture, Square(*seen.square)
 
 
+def check_target(root: Path, paths: Sequence[str | Path]) -> None:
+    """Refuse a folder that would take something else with it when `write_clips` replaces it as a whole.
+
+    Args:
+        root: where the people shall go.
+        paths: the clips that they are cut from.
+
+    Raises:
+        ClipError: it is a file, holds one of the clips, or holds files without the `manifest.json` of earlier people.
+    """
+    homes = _places(root)
+    lost = [path for path in paths if any(place.is_relative_to(home) for place in _places(path) for home in homes)]
+    if lost:
+        raise ClipError(f"{root}: holds the clip {lost[0]} and is replaced as a whole; give a new folder")
+    if root.exists() and not root.is_dir():
+        raise ClipError(f"{root}: is a file; give a new folder")
+    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    if names and MANIFEST not in names:
+        raise ClipError(
+            f"{root}: holds {names[0]!r} but no {MANIFEST} of earlier people, and is replaced as a whole; "
+            "give a new folder"
+        )
+
+
+def _places(path: str | Path) -> set[Path]:
+    """Where a path lies, with links as they are and with links followed."""
+    return {Path(os.path.abspath(path)), Path(path).resolve()}
+
+
 def write_clips(manifest: Manifest, root: Path, size: int, zoom: float = 2.0) -> None:
     """Write the people of all kept clips as `folder_clips.FolderClips` reads them, and `manifest.json` beside them.
 
@@ -260,18 +292,20 @@ def write_clips(manifest: Manifest, root: Path, size: int, zoom: float = 2.0) ->
 
     Args:
         manifest: as `build_clips` made it.
-        root: new folder; an older one is replaced as a whole.
+        root: new folder; an older one of people is replaced as a whole (`check_target`).
         size: pixels a side of the pictures.
         zoom: side of a picture over the side of its aligned face, at least 1.
 
     Raises:
-        ClipError: `zoom` below 1, no kept clip, or files that are no longer as they were.
+        ClipError: `zoom` below 1, no kept clip, a folder that is not to be replaced, or files that are no longer as
+            they were.
     """
     if zoom < 1:
         raise ClipError(f"zoom {zoom:g}: the picture would be smaller than the face; expected 1 or more")
     kept, edge = [clip.name for clip in manifest.clips if clip.kept], 0.5 / zoom
     if not kept:
         raise ClipError(f"no clip was kept; clips: {_listed(manifest.clip_counts)}")
+    check_target(root, [clip.path for clip in manifest.clips])
     with atomic_folder(root) as folder:
         for name in progress(kept, desc="faces"):
             boxes: dict[str, list[float]] = {}
@@ -282,7 +316,7 @@ def write_clips(manifest: Manifest, root: Path, size: int, zoom: float = 2.0) ->
                 to_picture(around).save(folder / name / file)
                 boxes[file] = [0.5 - edge, 0.5 - edge, 0.5 + edge, 0.5 + edge]
             write_json(folder / name / BOXES, boxes)
-        save_manifest(manifest, folder / "manifest.json")
+        save_manifest(manifest, folder / MANIFEST)
 
 
 def _size(frame: Frame) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from nmlib.conversation import Conversation
 from nmlib.readers import Folders, ReadError, Record, Rejection, Turn, assemble, text_field
 
 MAX_LINE_BYTES = 1 << 22
+JSON_ERRORS = (ValueError, RecursionError)  # the latter for brackets within brackets without end
 KNOWN_CORRUPT = tuple(f"20240330_315P_1323turns/Data/{number}/" for number in range(208, 213))
 SESSIONS = "edit_sessions.json"
 
@@ -23,7 +24,7 @@ def read_table(data: bytes, where: str) -> Any:
     """JSON that a data set cannot do without; raises ReadError."""
     try:
         return json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise ReadError(f"{where}: not complete JSON ({error}); fetch the file again") from None
 
 
@@ -130,7 +131,7 @@ class _JsonLines:
     def _row(self, id_: str, line: bytes) -> Conversation:
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
+        except JSON_ERRORS as error:
             raise Rejection("broken row", f"not complete JSON ({error})") from None
         if not isinstance(row, dict):
             raise Rejection("broken row", f"is {type(row).__name__}; expected an object")
@@ -231,7 +232,7 @@ class InstructPix2Pix:
         folders = Folders(self.root)
         try:
             prompt = json.loads(folders.read(f"{folder}/prompt.json"))
-        except ValueError as error:
+        except JSON_ERRORS as error:
             raise Rejection("broken row", f"{folder}/prompt.json: not complete JSON ({error})") from None
         turn = Turn(text_field(prompt, "edit"), f"{folder}/{seed}_0.jpg", f"{folder}/{seed}_1.jpg")
         return assemble(f"instructpix2pix-{folder}-{seed}", self.kind, [turn], folders.read, self.image_size)

@@ -204,9 +204,13 @@ def record_column(
     unit: str = "share",
     module: str = "experiments",
 ) -> None:
-    """Record the mean of a column of a table with its interval, as measured by a module of experiments."""
-    interval = metrics.bootstrap(torch.tensor(part[column].to_numpy()), run.params.experiments.bootstrap)
+    """Record the mean of a column of a table with its interval over conversations, as a module of experiments has it.
+
+    Answers of several trainings to one conversation are no independent ones, so their mean counts.
+    """
     seeds = int(part["seed"].nunique()) if "seed" in part else 1
+    values = part[column] if seeds == 1 else part.groupby("conversation")[column].mean()
+    interval = metrics.bootstrap(torch.tensor(values.to_numpy()), run.params.experiments.bootstrap)
     write_record(
         run, id_, interval.value, low=interval.low, high=interval.high, n=interval.n, seeds=seeds, unit=unit,
         minutes=minutes, modules=(module,),
@@ -294,8 +298,17 @@ def _drift_rows(
 
 
 def record_drift(run: Run, table: pd.DataFrame, minutes: float) -> None:
-    """Write the records of `drift_table`: every policy at rounds 1, 5, 10 and the last."""
+    """Write the records of `drift_table`: every policy at rounds 1, 5, 10 and the last, and what keeping tokens gains.
+
+    The gain is the difference between `tokens` and `reencode` in each conversation.
+    """
     last = int(table["round"].max())
+    wide = table.pivot(index=["round", "conversation"], columns="policy", values=["identity", "psnr"])
+    for column, unit in (("psnr", "dB"), ("identity", "cosine")):
+        gains = (wide[column]["tokens"] - wide[column]["reencode"]).rename("gain").reset_index()
+        for index, part in gains.groupby("round"):
+            if index in (1, 5, 10, last):
+                record_column(run, f"drift.{column}_gain.round{index}", part, "gain", minutes, unit)
     for (policy, index), part in table.groupby(["policy", "round"]):
         if index in (1, 5, 10, last):
             for column, unit in (("psnr", "dB"), ("ssim", ""), ("identity", "cosine"), ("accuracy", "share")):

@@ -122,7 +122,7 @@ class CelebV(_FaceRows):
         self.media = f"downloaded_{self.table.stem.removesuffix('_info')}"
         try:
             table = json.loads(self.table.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ReadError(f"{self.table}: cannot be read ({error}); expected the list of clips") from None
         clips = table.get("clips", table) if isinstance(table, dict) else None
         if not isinstance(clips, dict):

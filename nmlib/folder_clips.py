@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Generator, Tensor
 
-from nmlib.conversation import PICTURE_ERRORS, ConversationError, from_picture
+from nmlib.conversation import MAX_IMAGE_PIXELS, PICTURE_ERRORS, ConversationError, from_picture
 from nmlib.phrases import is_heldout
 from nmlib.runtime import read_json
 from nmlib.sources import Attribute, Clip
@@ -18,7 +18,8 @@ BOXES = "faces.json"
 class FolderClips:
     """People from `<root>/<person>/<frame>.png`, an `IdentityClips` of which only pixels are known.
 
-    A person's folder may hold `faces.json`: file name -> [left, top, right, bottom], as shares of width and height.
+    A person's folder may hold `faces.json`: file name -> [left, top, right, bottom], as shares of width and height
+    of the upright picture.
     The name of a person's folder decides its split; it is never shown to the model.
 
     Args:
@@ -66,7 +67,9 @@ class FolderClips:
     def _picture(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as picture:
-                return from_picture(picture, str(path), self.image_size)
+                is_sane = picture.width * picture.height <= MAX_IMAGE_PIXELS  # others are refused before they unpack
+                upright = ImageOps.exif_transpose(picture) if is_sane else picture  # phones store turned pictures
+                return from_picture(upright, str(path), self.image_size)
         except ConversationError:
             raise
         except PICTURE_ERRORS as error:

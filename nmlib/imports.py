@@ -93,7 +93,9 @@ def import_set(
         pipeline: folder of a diffusers pipeline that makes new edits after a rollback.
 
     Raises:
-        ReadError: no such data set in the params file; nothing readable or trainable in a folder; too many bad rows.
+        ReadError: no such data set in the params file; nothing readable or trainable in a folder; too many bad rows;
+            two conversations of one name. What was imported before stays as it is.
+        ArchiveError: a zip file that is refused.
         ConversationError: too few people in a folder of clips, or frames that cannot be used.
     """
     params = run.params
@@ -110,17 +112,19 @@ def import_set(
     rng = random.Random(f"{params.seed}.{name}")
     conversations = progress(chained.from_iterable(readers), total=settings.conversations, desc=f"import {name}")
     with writing(folder) as add, writing(folder / HELDOUT) as hold_out:
-        for conversation in _made(conversations, settings, rng, painter, found):
+        for conversation in _once(_made(conversations, settings, rng, painter, found), name):
             held = is_heldout(conversation.id)
             (hold_out if held else add)(conversation)
             found.kept, found.heldout = found.kept + 1, found.heldout + held
             if found.kept == settings.conversations:
                 break
+        if found.kept == found.heldout:  # raised in here, it leaves the earlier data set as it is
+            raise ReadError(
+                f"{paths[0]}: {found.kept} conversations, none of them to train on; expected a larger data set"
+            )
     for reader in readers:
         for reason, count in reader.report.rejected.items():
             found.rejected[reason] = found.rejected.get(reason, 0) + count
-    if found.kept == found.heldout:
-        raise ReadError(f"{paths[0]}: {found.kept} conversations, none of them to train on; expected a larger data set")
     write_json(folder / "import.json", asdict(found))
     return found
 
@@ -181,6 +185,19 @@ def _made(
             cut = with_rollbacks(longest_chain(conversation), settings, rng, split, painter)
         found.after.add(cut)
         yield cut.validate()
+
+
+def _once(conversations: Iterable[Conversation], name: str) -> Iterator[Conversation]:
+    """The same conversations; two of one id could not be told apart when they are read again (raises ReadError)."""
+    seen: set[str] = set()
+    for conversation in conversations:
+        if conversation.id in seen:
+            raise ReadError(
+                f"{name}: two conversations are named {conversation.id!r}; expected each once: give every folder once, "
+                "and rename one of two folders of the same name"
+            )
+        seen.add(conversation.id)
+        yield conversation
 
 
 def _pool(paths: Sequence[Path], password: str | None) -> list[str]:

@@ -6,6 +6,7 @@ position opens only what it needs.
 
 import bisect
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -32,15 +33,17 @@ class Tables:
     """
 
     def __init__(self, root: Path, files: list[Path], columns: tuple[str, ...]) -> None:
-        self.files, self.columns = files, list(columns)
+        self.root, self.files, self.columns = root, files, list(columns)
         self._folders = Folders(root)
         self._groups: list[tuple[Path, int]] = []
-        counts = []
+        self._firsts: dict[Path, int] = {}
+        counts: list[int] = []
         for path in files:
             table = _open(path)
             missing = sorted(set(columns) - set(table.schema_arrow.names))
             if missing:
                 raise ReadError(f"{path}: columns {missing} are missing; expected {list(columns)}")
+            self._firsts[path] = sum(counts)
             for group in range(table.num_row_groups):
                 self._groups.append((path, group))
                 counts.append(table.metadata.row_group(group).num_rows)
@@ -55,6 +58,13 @@ class Tables:
         path, group = self._groups[bisect.bisect_right(self._ends, number)]
         return f"{path.name}, row group {group}, row {number}"
 
+    def name(self, number: int) -> str:
+        """A row's own name: data set, file and place in the file, whatever other files there are."""
+        path, _ = self._groups[bisect.bisect_right(self._ends, number)]
+        below = path.relative_to(self.root) if path.is_relative_to(self.root) else Path(path.name)
+        folder = os.path.basename(os.path.abspath(self.root))
+        return f"{folder}/{below.with_suffix('').as_posix()}-{number - self._firsts[path]:07d}"
+
     def row(self, number: int) -> dict[str, Any]:
         """A row as plain values; raises Rejection where its row group is damaged."""
         place = bisect.bisect_right(self._ends, number)
@@ -67,13 +77,18 @@ class Tables:
         try:
             return _open(path).read_row_group(group, columns=self.columns)
         except (OSError, pyarrow.ArrowException) as error:
-            raise Rejection("broken row", f"{path.name}, row group {group}: damaged ({error})") from None
+            raise Rejection("broken row", f"{path.name}, row group {group}: damaged ({_in_line(error)})") from None
 
     def column(self, names: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-        """Some small columns of all rows, without the others."""
+        """Some small columns of all rows, without the others; raises ReadError where they are damaged."""
         for path in self.files:
-            for batch in _open(path).iter_batches(columns=list(names)):
-                yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+            try:
+                for batch in _open(path).iter_batches(columns=list(names)):
+                    yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+            except (OSError, pyarrow.ArrowException, UnicodeError) as error:
+                raise ReadError(
+                    f"{path}: columns {list(names)} are damaged ({_in_line(error)}); fetch it again"
+                ) from None
 
     def picture(self, cell: Any, name: str) -> bytes:
         """The bytes of a picture's cell {bytes, path}; raises Rejection."""
@@ -88,7 +103,11 @@ def _open(path: Path) -> parquet.ParquetFile:
     try:
         return parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ReadError(f"{path}: cannot be read as a Parquet file ({error}); fetch it again") from None
+        raise ReadError(f"{path}: cannot be read as a Parquet file ({_in_line(error)}); fetch it again") from None
+
+
+def _in_line(error: Exception) -> str:
+    return " ".join(str(error).split())  # Arrow's messages have several lines
 
 
 def columns_of(path: Path) -> list[str]:
@@ -107,6 +126,9 @@ class MagicBrush:
         root: the data set's folder.
         files: its Parquet files.
         image_size: see `readers.assemble`.
+
+    Raises:
+        ReadError: a damaged table, or columns that tell the sessions apart are damaged.
     """
 
     kind = "MagicBrush"
@@ -173,7 +195,7 @@ class InstructPix2PixTable:
         names = ("original_image", "edited_image")
         turn = Turn(text_field(row, "edit_prompt"), *names)
         return assemble(
-            f"instructpix2pix-{number:07d}",
+            f"instructpix2pix-{self._tables.name(number)}",
             self.kind,
             [turn],
             lambda name: self._tables.picture(row[name], name),
@@ -220,7 +242,7 @@ class ImgEdit:
         for place, entry in enumerate(entries):
             pictures = [_only(entry, name, place) for name in ("input_images", "output_images")]
             turns.append(Turn(text_field(entry, "prompt"), *pictures))
-        return assemble(f"imgedit-{number:06d}", self.kind, turns, self._folders.read, self.image_size)
+        return assemble(f"imgedit-{self._tables.name(number)}", self.kind, turns, self._folders.read, self.image_size)
 
 
 def _only(entry: Any, name: str, place: int) -> str:

@@ -6,6 +6,7 @@ to date is skipped, so an interrupted run goes on where it stopped.
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import threading
@@ -164,7 +165,7 @@ def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds
                 progress_bar=False,
                 request_save_on_cell_execute=False,
                 stderr_file=terminal,
-                execution_timeout=int(cell_minutes * 60),
+                execution_timeout=math.ceil(cell_minutes * 60),  # 0 would mean no limit
                 config=Config(KernelManager={"transport_encryption": "auto"}),
             )
     except PapermillExecutionError as error:
@@ -237,7 +238,7 @@ def run_notebooks(
             ran.append(step.name)
     if ran:
         costs.save(run)
-    _record_costs(run, state, steps)
+        _record_costs(run, state, steps)
     return ran
 
 

@@ -99,7 +99,8 @@ class Report:
     def reject(self, where: str, rejection: Rejection) -> None:
         """Count a row that is left out."""
         self.rejected[rejection.reason] = self.rejected.get(rejection.reason, 0) + 1
-        self.examples.setdefault(rejection.reason, f"{where}: {rejection.detail}")
+        shown = f"{where}: {rejection.detail}".encode("utf-8", "backslashreplace").decode()  # can be printed
+        self.examples.setdefault(rejection.reason, shown)
 
     def listed(self) -> str:
         """The reasons with their counts, in one line."""
@@ -188,7 +189,7 @@ class Reader(IterableDataset[T]):
         for number, record in self.rows.records(self._is_mine):
             self.position = number + 1
             try:
-                item = record.load()
+                item = _loaded(record)
             except Rejection as rejection:
                 self.report.reject(record.where, rejection)
                 self._judge(EARLY_ROWS)
@@ -211,6 +212,14 @@ class Reader(IterableDataset[T]):
             )
 
 
+def _loaded(record: Record[T]) -> T:
+    """The content of a row; raises Rejection, also for what a damaged or hostile row makes the system raise."""
+    try:
+        return record.load()
+    except (OSError, RecursionError, UnicodeError) as error:
+        raise Rejection("broken row", f"cannot be read ({type(error).__name__}: {error})") from None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # pictures
 
@@ -226,16 +235,18 @@ class Folders:
         self.roots = roots
 
     def read(self, name: str) -> bytes:
-        """The bytes of a picture; raises Rejection where the name leads out, or names no file or one too large."""
-        for root in self.roots:
-            try:
+        """The bytes of a picture; raises Rejection: a name that leads out, no file, or one too large or unreadable."""
+        try:
+            for root in self.roots:
                 path = inside(root, name)
-            except ArchiveError as error:
-                raise Rejection("unsafe path", str(error)) from None
-            if path.is_file():
-                if path.stat().st_size > MAX_FILE_BYTES:
-                    raise Rejection("picture too large", f"{name} has {path.stat().st_size} bytes")
-                return path.read_bytes()
+                if path.is_file():
+                    if path.stat().st_size > MAX_FILE_BYTES:
+                        raise Rejection("picture too large", f"{name} has {path.stat().st_size} bytes")
+                    return path.read_bytes()
+        except ArchiveError as error:
+            raise Rejection("unsafe path", str(error)) from None
+        except OSError as error:
+            raise Rejection("missing picture", f"{name} cannot be read ({error.strerror})") from None
         raise Rejection("missing picture", name)
 
 
@@ -280,11 +291,22 @@ def text_field(row: Any, name: str) -> str:
     """A field of a row that must hold text; raises Rejection."""
     value = row.get(name) if isinstance(row, dict) else None
     if isinstance(value, str) and value.strip():
+        if not _is_unicode(value):
+            raise Rejection("broken row", f"field {name!r} is {value!r:.60}; expected text without lone surrogates")
         return " ".join(value.split())
     reason: Reason = (
         "no instruction" if "instruction" in name or name in ("prompt", "edit", "edit_prompt") else "broken row"
     )
     raise Rejection(reason, f"field {name!r} is {value!r:.60}; expected text")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be stored: JSON can hold halves of a character (lone surrogates), files cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def assemble(

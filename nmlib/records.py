@@ -128,7 +128,8 @@ def read_records(run: Run | str | Path) -> dict[str, Record]:
         rows = runtime.read_json(path)
         if not isinstance(rows, dict):
             raise RunError(f"{path}: expected a mapping of records; publish it again from a run")
-        return {id: _parse({"id": id, **row}, path) for id, row in sorted(rows.items())}
+        named = {id: {"id": id, **row} if isinstance(row, dict) else row for id, row in sorted(rows.items())}
+        return {id: _parse(row, path) for id, row in named.items()}
     files = [p for p in sorted((path / "records").glob("*.json")) if not runtime.is_temporary(p)]
     found = [_parse(runtime.read_json(file), file) for file in files]
     return {record.id: record for record in sorted(found, key=lambda record: record.id)}

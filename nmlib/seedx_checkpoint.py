@@ -58,7 +58,7 @@ class System(NamedTuple):
 def find_part(folder: Path, part: str) -> Path | None:
     """Where a part of SEED-X lies: in its folder, or beside it as the released repositories have it."""
     for place in PLACES[part]:
-        base = folder.parent if place.startswith("../") else folder
+        base = folder.resolve().parent if place.startswith("../") else folder
         for path in sorted(base.glob(place.removeprefix("../"))):
             if path.exists():
                 return path

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nmlib.conversation import Conversation
+from nmlib.curriculum import model_name
 from nmlib.imports import HELDOUT
 from nmlib.layout import Layout
 from nmlib.metrics import bootstrap
@@ -112,13 +113,14 @@ def retrieval_table(system: System, stored: StoredSet, limit: int | None = None)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Shares with their 95% intervals over conversations, by history and depth, beside a guess."""
+    """Shares with their 95% intervals, by history and depth, beside a guess; every conversation counts the same."""
     rows = []
     for (history, depth), part in table.groupby(["history", "depth"]):
-        by_conversation = part.groupby("conversation")["right"].mean()
-        interval = bootstrap(torch.tensor(by_conversation.to_numpy(dtype=float)))
-        rows.append((history, depth, interval.value, interval.low, interval.high, part["chance"].mean(), len(part)))
-    return pd.DataFrame(rows, columns=["history", "depth", "right", "low", "high", "chance", "rounds"])
+        told = part.groupby("conversation")[["right", "chance"]].mean()
+        interval = bootstrap(torch.tensor(told["right"].to_numpy(dtype=float)))
+        span = (interval.value, interval.low, interval.high)
+        rows.append((history, depth, *span, told["chance"].mean(), len(told), len(part)))
+    return pd.DataFrame(rows, columns=["history", "depth", "right", "low", "high", "chance", "conversations", "rounds"])
 
 
 def evaluate(run: Run, stage: str, name: str, weights: Path, seed: int = 0) -> pd.DataFrame:
@@ -133,18 +135,26 @@ def evaluate(run: Run, stage: str, name: str, weights: Path, seed: int = 0) -> p
 
     Returns:
         Rows of `retrieval_table`.
+
+    Raises:
+        ValueError: the model's `history` is not `repeat`.
     """
+    if run.params.seedx is not None and (kind := run.params.seedx.history) != "repeat":
+        raise ValueError(
+            f"{run.params.name}: evaluate puts predictions in the places of encoded pictures, so seedx.history must be "
+            f"'repeat'; it is {kind!r}"
+        )
     stored = StoredSet(run.path("data", name, HELDOUT))
     command = f"python -m nmlib evaluate --params {run.name} --stage {stage} --name {name}"
     table = retrieval_table(open_stage(run, stage, weights, seed), stored, run.params.experiments.conversations)
     for row in summary(table).itertuples():
         write_record(
             run,
-            f"seedx.retrieval.{row.history}.depth{row.depth}.{stage}",
+            f"seedx.retrieval.{name}.{row.history}.depth{row.depth}.{Path(model_name(stage, seed)).name}",
             row.right,
             low=row.low,
             high=row.high,
-            n=row.rounds,
+            n=row.conversations,
             modules=("seedx_evaluation",),
             unit="share",
             command=command,

@@ -71,10 +71,10 @@ class SeedXTemplate(Template):
     # conversations, in the terms of `Template`
 
     def prompt(self, conversation: Conversation, index: int) -> list[int]:
-        """Ids that open a round: for an upload up to its `<img>`, else the instruction up to `[/INST]`."""
+        """Ids that open a round: of a brought picture up to its `<img>`, else the instruction up to `[/INST]`."""
         item = conversation.rounds[index]
         opening = [self.bos] if index == 0 else self.encode("\n")
-        if item.kind == "upload":
+        if item.is_brought:
             return [*opening, *self.encode(f"{INST} {BOI}")]
         return [*opening, *self.encode(f"{INST} {item.instruction} {END_INST}\n")]
 
@@ -85,7 +85,7 @@ class SeedXTemplate(Template):
     def closing(self, conversation: Conversation, index: int) -> list[int]:
         """Ids after a round's history block."""
         item = conversation.rounds[index]
-        return self.encode(f"{EOI}{item.instruction} {END_INST}\n") if item.kind == "upload" else [self.eoi]
+        return self.encode(f"{EOI}{item.instruction} {END_INST}\n") if item.is_brought else [self.eoi]
 
     # --------------------------------------------------------------------------------------------------
     # samples for tuning

@@ -163,6 +163,35 @@ def test_a_zip_that_lies_about_sizes_gives_no_more_than_it_says(tmp_path: Path) 
     assert "cannot be read" in raised(lambda: SafeZip(path).read("a.txt"), ArchiveError)
 
 
+@pytest.mark.parametrize("packing", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_damaged_members_of_any_packing_are_errors_that_name_them(tmp_path: Path, packing: int) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("b.bin", os.urandom(3000))
+    data = bytearray(path.read_bytes())
+    data[45:1000] = b"\xff" * 955  # behind the header of the member, 30 bytes and its name
+    path.write_bytes(bytes(data))
+    text = raised(lambda: SafeZip(path).read("b.bin"), ArchiveError)
+    assert text.startswith(f"{path}, member 'b.bin': cannot be read (")
+    assert "damaged or truncated" in raised(lambda: extract(path, tmp_path / "out"), ArchiveError)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_zip_with_names_of_no_text_is_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", {"\u00e4\u00e4.txt": b"x"})
+    path.write_bytes(path.read_bytes().replace("\u00e4\u00e4".encode(), b"\xff" * 4))
+    assert "cannot be read as a zip file" in raised(lambda: SafeZip(path), ArchiveError)
+
+
+def test_names_that_no_system_takes_are_refused(tmp_path: Path) -> None:
+    assert unsafe_name("half\ud800.png") == "is no file name"
+    assert "'half\\ud800.png' is no file name" in raised(lambda: inside(tmp_path, "half\ud800.png"), ArchiveError)
+    assert raised(lambda: inside(tmp_path, "x" * 300), ArchiveError).endswith("is too long; expected a path below it")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    assert "link that leads back to itself" in raised(lambda: inside(tmp_path, "round"), ArchiveError)
+    assert inside(tmp_path, "not/there.png") == tmp_path / "not" / "there.png"
+
+
 def test_what_is_no_zip_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_text("<html>not found</html>")
     assert "cannot be read as a zip file" in raised(lambda: SafeZip(tmp_path / "a.zip"), ArchiveError)

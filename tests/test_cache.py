@@ -246,9 +246,7 @@ def grown() -> TokenCache:
         cache.append(tokens, kind=kind, instruction=words, response="", base=base, seed=index)
     cache.go_to(1)
     tokens = random_features(1, 1, 3)[0, 0]
-    cache.append(
-        tokens, kind="say", instruction="wer ist das? ü", response="#3 from #2", base=1, seed=7, names=("Ann",)
-    )
+    cache.append(tokens, kind="say", instruction="wer ist das? ü", response="#3 from #2", base=1, seed=7)
     return cache
 
 

@@ -393,6 +393,16 @@ def test_pictures_come_as_file_picture_or_tensor(tmp_path: Path) -> None:
     assert all(torch.equal(each, tokens[0]) for each in tokens)
 
 
+def test_a_picture_that_was_taken_sideways_is_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter before it is looked at
+    picture().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways.png", exif=exif)
+    talks = [ChatSession(SYSTEM) for _ in range(2)]
+    for talk, given_ in zip(talks, (picture(), tmp_path / "sideways.png"), strict=True):
+        talk.upload(given_)
+    assert torch.equal(*(talk.tokens.tokens(0) for talk in talks))
+
+
 def test_seeds_change_the_pixels_and_not_the_tokens() -> None:
     first, second = ChatSession(SYSTEM, seed=1), ChatSession(SYSTEM, seed=2)
     for talk in (first, second):
@@ -414,7 +424,8 @@ def test_what_a_session_refuses(tmp_path: Path) -> None:
             f"instruction {words!r} has no words; say what to change"
         )
     assert raised(lambda: talk.branch(7, "x"), CacheError) == "no picture 7 in this session; it has 0 to 1"
-    assert len(talk.tokens) == 2, "nothing was added"
+    assert "has no words" in raised(lambda: talk.branch(0, "?!"), ConversationError)
+    assert len(talk.tokens) == 2 and talk.current.id == 1, "nothing was added, and nobody moved"
     while len(talk.tokens) < MAX_ROUNDS:
         talk.say("undo that")
     text = raised(lambda: talk.say("undo that"), ConversationError)

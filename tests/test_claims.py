@@ -27,9 +27,9 @@ def verdicts(page: str) -> list[str]:
 
 def test_a_changed_record_changes_its_verdict() -> None:
     found = everything()
-    id_ = "drift.identity.round10.tokens"
+    id_ = "drift.identity_gain.round10"
     place = [id_ in claim.ids for claim in claims.CLAIMS].index(True)
-    for value, verdict in ((0.9, "reproduced"), (0.52, "trend only"), (0.3, "not reproduced")):
+    for value, verdict in ((0.06, "reproduced"), (0.04, "trend only"), (-0.01, "not reproduced")):
         page = claims.page(found | {id_: record(id_, value)}, PARAMS)
         assert verdicts(page)[place] == verdict and f"`{id_}` {value:.2f}" in page
 
@@ -43,6 +43,26 @@ def test_a_bad_model_has_no_shortcut(edits: float, trained: float, verdict: str)
     changed = {"edit.accuracy.markov_trained": edits, "rollback.accuracy.depth1.markov_trained": trained}
     found |= {id_: record(id_, value) for id_, value in changed.items()}
     assert verdicts(claims.page(found, PARAMS))[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "reproduced"),
+        ({"accuracy.depth3.markov_trained": 0.55}, "trend only"),
+        ({"accuracy.depth3.markov_trained": 0.7}, "not reproduced"),
+        ({"retrieval.depth3.rollback_trained": 0.2}, "not reproduced"),
+        ({"accuracy.depth3.ceiling": 0.59}, "trend only"),
+    ],
+)
+def test_going_farther_is_more_than_beating_no_history(changed: dict[str, float], verdict: str) -> None:
+    start = {
+        "accuracy.depth3.rollback_trained": 0.6, "accuracy.depth3.markov_trained": 0.2, "accuracy.depth3.ceiling": 0.1,
+        "retrieval.depth3.rollback_trained": 0.7, "retrieval.depth3.chance": 0.25,
+    }  # fmt: skip
+    given = {f"rollback.{id_}": value for id_, value in (start | changed).items()}
+    found = everything() | {id_: record(id_, value) for id_, value in given.items()}
+    assert verdicts(claims.page(found, PARAMS))[2] == verdict
 
 
 def test_params_that_mean_nothing_get_no_verdict() -> None:

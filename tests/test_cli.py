@@ -1,6 +1,7 @@
 """The command line: help that explains, exit codes, one line for each error."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from conftest import write_notebook
 
 from nmlib import __main__ as cli
+from nmlib import experiments
 from nmlib.records import END, START, write_record
 from nmlib.runtime import Run
 
@@ -139,3 +141,32 @@ def test_chat_names_the_stages(call: Any) -> None:
     code, _, err = call("chat", "--params", "tiny", "--stage", "last")
     assert code == 1
     assert "params 'tiny' has no stage 'last'; it has ['language', 'base'" in err
+
+
+def test_chat_before_training_is_1_and_one_line(call: Any) -> None:
+    code, out, err = call("chat", "--params", "tiny")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "rollback.safetensors: no such checkpoint; run the notebook that writes it" in err
+
+
+def test_chat_about_what_is_no_picture_is_1_and_one_line(
+    call: Any, project_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = SimpleNamespace(image_size=16, encode=None)
+    monkeypatch.setattr(experiments, "load_system", lambda run, stage: system)
+    for name, content in (("bad.png", b"no picture"), ("none.png", None)):
+        path = project_root / name
+        if content is not None:
+            path.write_bytes(content)
+        code, out, err = call("chat", "--params", "tiny", "--picture", str(path))
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith(f"{path}: cannot be read as a picture (")
+
+
+@pytest.mark.parametrize("words", [("import", "--params", "tiny", "--name", "rollback"), ("inspect",)])
+def test_a_broken_zip_is_1_and_one_line(call: Any, project_root: Path, words: tuple[str, ...]) -> None:
+    path = project_root / "broken.zip"
+    path.write_text("<html>not found</html>")
+    code, out, err = call("data", words[0], str(path), *words[1:])
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"{path}: cannot be read as a zip file (")

@@ -14,11 +14,13 @@ from test_frames import grey, write_folder, write_video
 from torch import Tensor, nn
 from toy import raised
 
+from nmlib import faces
 from nmlib.__main__ import main
 from nmlib.clips import (
     Manifest,
     TooManyRejected,
     build_clips,
+    check_target,
     load_clip_frames,
     load_manifest,
     save_manifest,
@@ -349,6 +351,48 @@ def test_frames_are_written_whole_or_not_at_all(stored: Path, tmp_path: Path) ->
     text = raised(lambda: write_clips(manifest, tmp_path / "people", size=16), ClipError)
     assert "frame 1 is not as it was" in text and not (tmp_path / "people").exists()
     assert "zoom 0.5" in raised(lambda: write_clips(manifest, tmp_path / "people", 16, 0.5), ClipError)
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(stored: Path, tmp_path: Path) -> None:
+    """Neither videos, nor a folder of something else, nor a file; earlier people may go, and an empty folder."""
+    manifest, videos = load_manifest(stored), tmp_path / "videos"
+    videos.mkdir()
+    check_target(videos, [tmp_path / "anna"])
+    (videos / "a.mp4").write_bytes(b"a")
+    text = raised(lambda: check_target(videos, [tmp_path / "anna"]), ClipError)
+    assert text == (
+        f"{videos}: holds 'a.mp4' but no manifest.json of earlier people, and is replaced as a whole; give a new folder"
+    )
+    assert text == raised(lambda: write_clips(manifest, videos, 16), ClipError) and (videos / "a.mp4").exists()
+    (videos / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to(videos)
+    for root, path in ((videos, videos / "a.mp4"), (videos, tmp_path / "link" / "a.mp4"), (tmp_path, videos)):
+        text = raised(lambda r=root, p=path: check_target(r, [p]), ClipError)
+        assert text == f"{root}: holds the clip {path} and is replaced as a whole; give a new folder"
+    assert "is a file" in raised(lambda: check_target(videos / "a.mp4", [tmp_path / "anna"]), ClipError)
+    for _ in range(2):
+        write_clips(manifest, tmp_path / "people", 16)
+    text = raised(lambda: write_clips(manifest, tmp_path, 16), ClipError)
+    assert f"holds the clip {tmp_path / 'anna'}" in text and (tmp_path / "anna").is_dir()
+
+
+def test_the_command_line_keeps_the_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before a detector is loaded."""
+
+    def loaded() -> None:
+        raise AssertionError("the detector was loaded")
+
+    monkeypatch.setattr(faces, "FaceDetector", loaded)
+    video = tmp_path / "videos" / "a.mp4"
+    video.parent.mkdir()
+    video.write_bytes(b"a")
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "clips", str(video), "--to", str(video.parent)])
+    err = capsys.readouterr().err
+    assert ended.value.code == 1 and video.exists()
+    assert err == f"{video.parent}: holds the clip {video} and is replaced as a whole; give a new folder\n"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -179,7 +179,9 @@ def test_drift_table_and_its_records(run: Run, trained: Trained) -> None:
 
     experiments.record_drift(run, table, minutes=0.5)
     found = values(run)
-    assert len(found) == 4 * 4 * 2, "measures, policies, the first and the last round"
+    assert len(found) == 4 * 4 * 2 + 2 * 2, "measures, policies, the first and the last round; two gains at both"
+    mean = table[table["round"] == 3].groupby("policy")["psnr"].mean()
+    assert found["drift.psnr_gain.round3"] == pytest.approx(mean["tokens"] - mean["reencode"])
     last = table[table["round"] == 3].groupby("policy")["identity"].mean()
     assert found["drift.identity.round3.oracle"] == pytest.approx(last["oracle"])
     assert read_records(run)["drift.psnr.round1.tokens"].unit == "dB"
@@ -194,7 +196,7 @@ def test_repeats_over_seeds_are_counted(run: Run) -> None:
     assert table.groupby(["stage", "seed"]).size().tolist() == [5] * 4
     experiments.record_edits(run, table, minutes=0.1)
     record = read_records(run)["edit.accuracy.base_trained"]
-    assert record.seeds == 2 and record.n == 5 * 2
+    assert record.seeds == 2 and record.n == 5
     with pytest.raises(CheckpointError, match=r"base-seed2\.safetensors: no such checkpoint"):
         experiments.edit_table(run, SOURCE, ["base"], seeds=3)
 

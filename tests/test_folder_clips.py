@@ -51,6 +51,30 @@ def test_long_clips_are_thinned_out(root: Path) -> None:
     assert clip.images is not None and clip.images[:, 1, 0, 0].tolist() == [0, 2]
 
 
+def test_turned_photographs_are_read_upright(tmp_path: Path) -> None:
+    """A phone's file lies on its side and says so: red is on the left in the file, above in the photograph."""
+    stored = Image.new("RGB", (32, 16), "blue")
+    stored.paste("red", (0, 0, 16, 16))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees clockwise
+    for person in PERSONS:
+        (tmp_path / person).mkdir()
+        for frame in range(2):
+            stored.save(tmp_path / person / f"{frame}.jpg", exif=turned, quality=95)
+    clip = FolderClips(tmp_path, 16).clips(1, "train", chance())[0]
+    assert clip.images is not None
+    above, below = clip.images[:, :, 2].float(), clip.images[:, :, 13].float()  # (F, 3, W)
+    assert (above[:, 0] > 200).all() and (above[:, 2] < 50).all() and (below[:, 2] > 200).all()
+
+
+def test_huge_frames_are_refused_before_they_are_turned(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmlib.folder_clips.MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("nmlib.conversation.MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("nmlib.folder_clips.ImageOps.exif_transpose", lambda picture: pytest.fail("was turned"))
+    text = raised(lambda: FolderClips(root, 16).clips(1, "train", chance()), ConversationError)
+    assert text.endswith(".png: image is 11 x 13; at most 100 pixels")
+
+
 def test_boxes_are_shares_of_the_frame(root: Path) -> None:
     for person in PERSONS:
         boxes = {f"{frame:03d}.png": [0.25, 0.5, 0.75, 1.5] for frame in range(3)}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from nmlib.conversation import Conversation, ConversationError, Round
 from nmlib.imports import HELDOUT, import_set, is_heldout
 from nmlib.readers import ReadError
 from nmlib.runtime import Run
-from nmlib.storage import load_conversations, save_conversations
+from nmlib.storage import load_conversations, load_json, save_conversations
 from nmlib.stored_sets import CHUNK, StoredSet, writing
 
 SIDE = 6
@@ -262,6 +263,46 @@ def test_imports_are_refused_by_name_and_reason(tmp_path: Path) -> None:
     (clips / "celebvhq_info.json").write_text('{"clips": {}}')
     assert "clips of faces; expected chains of edits" in raised(lambda: import_set(run, "chain", [clips]), ReadError)
     assert not (run.folder / "data" / "chain" / "rounds.parquet").exists()
+
+
+def test_a_failed_import_leaves_the_earlier_data_set(tmp_path: Path) -> None:
+    run = open_run(tmp_path, data=DATA, stages=[])
+    before = import_set(run, "chain", [write_sessions(tmp_path / "magicbrush", 24)])
+    folder = run.path("data", "chain")
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert before.kept == 24 and len(kept) == 5
+    held = next(str(number) for number in range(100, 400) if is_heldout(f"magicbrush-{number}"))
+    small = tmp_path / "small"
+    write_parquet(small, "data/train-00000-of-00001.parquet", magicbrush_rows({held: 2}), magicbrush_schema())
+    text = raised(lambda: import_set(run, "chain", [small]), ReadError)
+    assert text == f"{small}: 1 conversations, none of them to train on; expected a larger data set"
+    assert kept == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_conversations_of_many_files_and_folders_have_names_of_their_own(tmp_path: Path) -> None:
+    """Parts of one folder, and the same part in two folders; a row keeps its name whatever else is imported."""
+    run = open_run(tmp_path, data=DATA, stages=[])
+    root = write_imgedit(tmp_path / "one")
+    part = root / "Parquet" / "version_backtracking_part0.parquet"
+    shutil.copy(part, part.with_name("version_backtracking_part1.parquet"))
+    write_imgedit(tmp_path / "two")
+    ids: list[set[str]] = []
+    for paths in ([root], [root, tmp_path / "two"]):
+        import_set(run, "back", paths, max_rejected=0.5)
+        folder = run.path("data", "back")
+        told = load_json(folder / "conversations.json")
+        assert [conversation.id for conversation in load_conversations(folder)] == [item.id for item in told]
+        told += load_json(folder / HELDOUT / "conversations.json")
+        ids.append({conversation.id for conversation in told})
+        assert len(ids[-1]) == len(told)
+    names = ["one/Parquet/version_backtracking_part0", "one/Parquet/version_backtracking_part1"]
+    assert ids[0] == {f"imgedit-{name}-0000000" for name in names}
+    assert ids[1] == ids[0] | {"imgedit-two/Parquet/version_backtracking_part0-0000000"}
+    text = raised(lambda: import_set(run, "back", [root, root], max_rejected=0.5), ReadError)
+    assert text == (
+        "back: two conversations are named 'imgedit-one/Parquet/version_backtracking_part0-0000000'; expected each "
+        "once: give every folder once, and rename one of two folders of the same name"
+    )
 
 
 PEOPLE = {"conversations": 41, "rounds": [2, 3], "pairing": "paired", "people": [1], "recall_share": 1.0,

@@ -1,5 +1,6 @@
 """What a folder holds and how Markov it is: rules for words on the project's own phrasings, counts, messages."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,21 @@ def test_a_limit_and_no_pictures(tmp_path: Path) -> None:
     assert "rows        2 kept, 0 rejected (the first 2 rows; more follow)" in closed.lines()
     (opened,) = inspect_path(tmp_path)
     assert opened.report.rejected == {"missing picture": 3} and "Markov" not in " ".join(opened.lines())
+
+
+def test_bad_rows_never_stop_it(call: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Rows made to stop a reader, in a folder and in a mapping of clips; all that is said of them is printed."""
+    long, half = {**seed_line("a", 1), "source_image": "x" * 300}, {**seed_line("b", 1), "source_image": "\ud800"}
+    write_seed(tmp_path, [long, half, "[" * 100_000, seed_line("c", 1)])
+    (tmp_path / "multi_turn_editing" / "images").mkdir()
+    row = {"ytb_id": "\ud800", "duration": {"start_sec": 0, "end_sec": 1},
+           "bbox": {"top": 0, "bottom": 1, "left": 0, "right": 1}}  # fmt: skip
+    (tmp_path / "celebvhq_info.json").write_text(json.dumps({"clips": {"x" * 300: row, "y": row}}))
+    edits, clips = inspect_path(tmp_path)
+    assert edits.report.rejected == {"unsafe path": 1, "broken row": 2, "missing picture": 1}
+    assert clips.report.rejected == {"unsafe path": 2}
+    code, out, err = call("data", "inspect", str(tmp_path))
+    assert (code, err) == (0, "") and "0 kept, 4 rejected" in out and "0 kept, 2 rejected" in out
 
 
 def test_conversations_of_this_project(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The ordered run: what runs again and what is skipped, failures and interruptions, costs."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -249,6 +250,20 @@ def test_cell_that_takes_too_long(project: Project) -> None:
     write_notebook(project.root / "notebooks" / "01_one.ipynb", "One", "import time\ntime.sleep(60)")
     with pytest.raises(RunError, match=r"01_one\.ipynb: a cell ran longer than 0\.02 minutes; raise --cell-minutes"):
         run_notebooks(project, project.open("tiny"), cell_minutes=0.02)
+
+
+def test_the_shortest_limit_is_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero seconds would mean no limit."""
+    limits: list[int] = []
+
+    def execute_notebook(*_: object, execution_timeout: int, **__: object) -> None:
+        limits.append(execution_timeout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.papermill, "execute_notebook", execute_notebook)
+    with contextlib.suppress(KeyboardInterrupt, RunError):
+        run_notebooks(project, project.open("tiny"), cell_minutes=0.01)
+    assert limits == [1]
 
 
 def test_interrupt_ends_with_130_and_leaves_no_chapter(project: Project) -> None:

@@ -30,6 +30,7 @@ from layouts import (
     write_seed_pictures,
 )
 from PIL import Image
+from pyarrow import parquet
 from test_archives import write_zip
 from torch.utils.data import DataLoader
 from toy import raised
@@ -248,6 +249,16 @@ def test_instructpix2pix_table(tmp_path: Path) -> None:
     assert colours(found) == ["red", "blue"] and reader.report.rejected == {"no instruction": 1}
 
 
+def test_rows_are_named_by_file_and_place(tmp_path: Path) -> None:
+    """Two splits in two places of a folder, and two files of one of them: every row has a name of its own."""
+    sides = {"original_image": {"bytes": picture("red")}, "edited_image": {"bytes": picture("blue")}}
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "extra-1", "data/extra-1"):
+        write_parquet(tmp_path / "pairs", f"{name}.parquet", [{**sides, "edit_prompt": "make it blue"}] * 2)
+    kept = [item.id for rows in recognise(tmp_path / "pairs", SIZE) for item in read(rows)[0]]
+    names = ("data/extra-1", "data/train-00000-of-00002", "data/train-00001-of-00002", "extra-1")
+    assert sorted(kept) == [f"instructpix2pix-pairs/{name}-{row:07d}" for name in names for row in range(2)]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # damaged tables and pictures
 
@@ -262,6 +273,91 @@ def test_damaged_tables_are_errors_that_name_the_file(tmp_path: Path) -> None:
     assert "holds no .jsonl files" in raised(lambda: SeedMultiTurn(tmp_path, SIZE), ReadError)
     (tmp_path / "empty").mkdir()
     assert "not recognised; expected one of MagicBrush" in raised(lambda: recognise(tmp_path / "empty"), ReadError)
+
+
+def damage(path: Path, column: str, group: int) -> Path:
+    """Overwrite the pages of a column in a row group."""
+    data, chunks = bytearray(path.read_bytes()), parquet.ParquetFile(path).metadata.row_group(group)
+    (chunk,) = (c for c in map(chunks.column, range(chunks.num_columns)) if c.path_in_schema == column)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(bytes(data))
+    return path
+
+
+def test_damaged_columns_are_bad_rows_or_errors_that_name_the_file(tmp_path: Path) -> None:
+    rows = magicbrush_rows({"a": 2, "b": 2, "c": 2})
+    for column, name in (("instruction", "a"), ("img_id", "b"), ("turn_index", "c")):
+        file = damage(write_parquet(tmp_path, f"{name}.parquet", rows, magicbrush_schema()), column, 1)
+        if column == "instruction":
+            kept, reader = read(MagicBrush(tmp_path, [file], SIZE))
+            assert [item.id for item in kept] == ["magicbrush-a", "magicbrush-c"]
+            assert reader.report.rejected == {"broken row": 1}
+            assert "\n" not in reader.report.examples["broken row"]
+        else:
+            text = raised(lambda f=file: MagicBrush(tmp_path, [f], SIZE), ReadError)
+            assert text.startswith(f"{file}: columns ['img_id', 'turn_index'] are damaged (")
+            assert text.endswith("fetch it again")
+
+
+LONG, HALF = "x" * 300 + ".jpg", "half\ud800.jpg"  # no system takes such names
+
+
+@pytest.mark.parametrize(("name", "reason"), [(LONG, "unsafe path"), (HALF, "broken row")])
+def test_names_that_no_system_takes_are_bad_rows(tmp_path: Path, name: str, reason: str) -> None:
+    good = seed_line("good", 1)
+    root = write_seed(tmp_path, [{**seed_line("bad", 1), "edit_image_1": name}, {**good, "instruction_1": HALF}, good])
+    write_seed_pictures(root, seed_line("bad", 1))
+    write_seed_pictures(root, good)
+    kept, reader = read(SeedMultiTurn(root, SIZE))
+    assert len(kept) == 1 and reader.report.rejected == {"broken row": 1, reason: 2 if reason == "broken row" else 1}
+    assert all(text.isascii() for text in reader.report.examples.values())
+
+
+def test_folders_that_no_system_takes_are_bad_rows(tmp_path: Path) -> None:
+    """In a list of folders and in the ids of a zip file; what is said of them can be printed."""
+    root = write_instructpix2pix(tmp_path / "folders")
+    write(root, "seeds.json", json.dumps([[LONG, [1]], [HALF, [2]], ["0000000", [22]]]))
+    kept, reader = read(InstructPix2Pix(root, SIZE))
+    assert len(kept) == 1 and reader.report.rejected == {"unsafe path": 2}
+    files = magicbrush_test_files()
+    sessions = json.loads(files["test/edit_sessions.json"])
+    files["test/edit_sessions.json"] = json.dumps({HALF: sessions["5"], "261": sessions["261"]}).encode()
+    kept, reader = read(MagicBrushTest(write_zip(tmp_path / "test.zip", files), SIZE))
+    assert len(kept) == 1 and reader.report.rejected == {"missing picture": 1}
+    assert "half\\ud800" in reader.report.examples["missing picture"]
+
+
+def test_brackets_without_end_are_bad_rows_or_errors(tmp_path: Path) -> None:
+    deep, good = "[" * 100_000, seed_line("good", 1)
+    root = write_seed(tmp_path, [deep, good])
+    write_seed_pictures(root, good)
+    kept, reader = read(SeedMultiTurn(root, SIZE))
+    assert len(kept) == 1 and reader.report.rejected == {"broken row": 1}
+    pairs = write_instructpix2pix(tmp_path / "pairs")
+    write(pairs, "0000000/prompt.json", deep)
+    assert reasons(InstructPix2Pix(pairs, SIZE)) == {"broken row": 3, "missing picture": 1}
+    write(pairs, "seeds.json", deep)
+    assert "seeds.json: not complete JSON (" in raised(lambda: InstructPix2Pix(pairs, SIZE), ReadError)
+
+
+def test_what_the_system_refuses_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures on a disk that fails, and any other row that cannot be read."""
+    line = seed_line("one", 1)
+    root = write_seed(tmp_path, [line])
+    write_seed_pictures(root, line)
+
+    def failing(path: Path) -> bytes:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        _, reader = read(SeedMultiTurn(root, SIZE))
+    assert reader.report.rejected == {"missing picture": 1}
+    assert reader.report.examples["missing picture"].endswith("one.jpg cannot be read (Input/output error)")
+    other: Reader[int] = Reader(Numbers(3, frozenset({1}), PermissionError("no")), 1.0)
+    assert list(other) == [0, 2]
+    assert other.report.examples == {"broken row": "row 1: cannot be read (PermissionError: no)"}
 
 
 def huge(side: int) -> bytes:
@@ -294,13 +390,13 @@ class Numbers:
 
     kind, root, evaluation_only = "numbers", Path("numbers"), False
 
-    def __init__(self, count: int, bad: frozenset[int] = frozenset()) -> None:
-        self.count, self.bad = count, bad
+    def __init__(self, count: int, bad: frozenset[int] = frozenset(), fault: Exception | None = None) -> None:
+        self.count, self.bad, self.fault = count, bad, fault
 
     def records(self, wanted: Any) -> Iterator[tuple[int, Any]]:
         def load(number: int) -> int:
             if number in self.bad:
-                raise Rejection("broken row", f"is {number}")
+                raise self.fault or Rejection("broken row", f"is {number}")
             return number
 
         for number in filter(wanted, range(self.count)):

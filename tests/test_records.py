@@ -66,6 +66,13 @@ def test_truncated_and_foreign_files_are_named(run: Run) -> None:
         records.read_records(run)
 
 
+def test_a_published_file_that_holds_no_records_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.json"
+    path.write_text('{"a.b": 1}')
+    with pytest.raises(RunError, match=r"tiny\.json: no valid record: "):
+        records.read_records(path)
+
+
 def test_mismatches_name_record_and_command(run: Run) -> None:
     current = write(run)
     assert records.mismatches(run, [current]) == []

@@ -151,6 +151,15 @@ def test_one_wrong_key_of_a_shard_is_named(released: tuple[Path, SeedX], kind: s
     assert [part.faults for part in inspect(folder).parts if part.faults] == [[fault]]
 
 
+def test_parts_beside_the_folder_are_found_from_within(
+    released: tuple[Path, SeedX], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = released
+    monkeypatch.chdir(folder)
+    found = seedx_checkpoint.find_part(Path(), "vit")
+    assert found is not None and found.samefile(folder.parent / "QwenViT")
+
+
 def test_what_is_not_there_is_named(released: tuple[Path, SeedX], tmp_path: Path) -> None:
     folder, _ = released
     settings = seedx_toy.settings()

@@ -259,6 +259,19 @@ def test_long_conversations_are_left_out(trained: tuple[Run, Path, list[Any]]) -
 # evaluation
 
 
+def test_an_introduction_stands_in_the_instruction_as_an_upload_does() -> None:
+    template = seedx_toy.template()
+    slots = "".join(template.tokenizer.convert_ids_to_tokens(template.image_ids))
+    rounds = (Round("this is anna", "introduce", name="anna"), Round("make the hat red", "edit", 0))
+    told = Conversation("a", "faces", rounds, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    layout = template.packed([told])
+    (row,) = layout.input_ids
+    (history,) = layout.history_slots
+    first = template.tokenizer.decode(row[: int(history.nonzero()[-1]) + 2]).replace(" ", "")
+    assert first == f"<s>[INST]<img>{slots}</img>"
+    assert (row == template.boi).sum() == 2, "one before the picture that is read, one before the one that is made"
+
+
 def test_the_nearest_picture_is_the_latest_of_equals() -> None:
     earlier = torch.tensor([1.0, 3.0, 1.0])[:, None, None].expand(3, 2, 5)
     assert nearest_picture(torch.full((2, 5), 1.4), earlier) == 2
@@ -335,8 +348,10 @@ def test_evaluation_writes_records(trained: tuple[Run, Path, list[Any]]) -> None
     table = seedx_evaluation.evaluate(run, "rollback", "rollback", weights)
     found = seedx_evaluation.summary(table)
     assert isinstance(found, pd.DataFrame) and len(found) and (found["low"] <= found["right"]).all()
-    record = runtime.read_json(run.path("records", f"seedx.retrieval.own.depth{found['depth'].iloc[0]}.rollback.json"))
-    assert record["unit"] == "share" and record["n"] == found[found["history"] == "own"]["rounds"].iloc[0]
+    depth = found["depth"].iloc[0]
+    record = runtime.read_json(run.path("records", f"seedx.retrieval.rollback.own.depth{depth}.rollback.json"))
+    asked = table[(table["history"] == "own") & (table["depth"] == depth)]
+    assert record["unit"] == "share" and record["n"] == asked["conversation"].nunique()
     assert config.digest(run.params) == record["params_hash"]
     stored = StoredSet(run.path("data", "rollback", HELDOUT))
     told = {conversation.id: conversation for conversation in stored.take(range(len(stored)))}
@@ -344,6 +359,22 @@ def test_evaluation_writes_records(trained: tuple[Run, Path, list[Any]]) -> None
         images = told[row.conversation].images
         assert images is not None and told[row.conversation].rounds[row.round].base == row.base
         assert row.right == torch.equal(images[row.base], images[row.nearest])
+
+
+def test_every_conversation_counts_the_same() -> None:
+    """One that was asked three times, right and at a chance of a half each, and one asked once, wrong at a fifth."""
+    rows = [{"conversation": "a", "right": True, "chance": 0.5}] * 3 + [
+        {"conversation": "b", "right": False, "chance": 0.2}
+    ]
+    (line,) = seedx_evaluation.summary(pd.DataFrame(rows).assign(history="own", depth=2)).itertuples()
+    assert (line.right, line.chance, line.conversations, line.rounds) == (0.5, pytest.approx(0.35), 2, 4)
+
+
+def test_only_histories_of_the_encoder_s_size_are_evaluated(tmp_path: Path) -> None:
+    sizes = seedx_toy.settings(max_length=200, history="direct").model_dump(mode="json")
+    run = write_params(tmp_path, seedx=sizes, model=sizes["model"])
+    text = raised(lambda: seedx_evaluation.evaluate(run, "rollback", "rollback", tmp_path), ValueError)
+    assert text.endswith("so seedx.history must be 'repeat'; it is 'direct'") and text.startswith("toy: ")
 
 
 # ---------------------------------------------------------------------------------------------------------
