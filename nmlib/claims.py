@@ -70,7 +70,7 @@ def _shortcut(found: Records) -> str:
 
 def _farther(found: Records) -> str:
     """The worst of the verdicts at depth 3: above a policy without history, above chains, above a guess."""
-    accuracy, retrieval = ("rollback.accuracy.depth3", "rollback.retrieval.depth3")
+    accuracy, retrieval = "rollback.accuracy.depth3", "rollback.retrieval.depth3"
     trained = found[f"{accuracy}.rollback_trained"]
     verdicts = [above(trained, found[f"{accuracy}.{end}"]) for end in ("ceiling", "markov_trained")]
     verdicts.append(above(found[f"{retrieval}.rollback_trained"], found[f"{retrieval}.chance"]))

@@ -193,6 +193,18 @@ def test_costs_become_records(go: Callable[..., list[str]], project: Project) ->
     assert found["book.minutes"].library_hash == runtime.library_digest()
 
 
+def test_costs_are_of_the_code_that_had_them(
+    go: Callable[..., list[str]], project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that finds all done measures nothing, so it does not claim today's code for yesterday's minutes."""
+    go()
+    before = records.read_records(project.root / "runs" / "tiny")
+    digest = runtime.library_digest
+    monkeypatch.setattr(runtime, "library_digest", lambda *names: digest(*names) + ("" if names else "!"))
+    assert go() == []
+    assert records.read_records(project.root / "runs" / "tiny") == before
+
+
 def test_truncated_state_is_named(go: Callable[..., list[str]], project: Project) -> None:
     go()
     path = project.root / "runs" / "tiny" / "state.json"

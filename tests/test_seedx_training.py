@@ -1,6 +1,7 @@
 """SEED-X's own class trained on imported data sets: from a released folder over two stages to an answer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,8 @@ def test_an_introduction_stands_in_the_instruction_as_an_upload_does() -> None:
     first = template.tokenizer.decode(row[: int(history.nonzero()[-1]) + 2]).replace(" ", "")
     assert first == f"<s>[INST]<img>{slots}</img>"
     assert (row == template.boi).sum() == 2, "one before the picture that is read, one before the one that is made"
+    uploaded = replace(told, rounds=(replace(rounds[0], kind="upload", name=None), rounds[1]))
+    assert torch.equal(template.packed([uploaded]).input_ids[0], row)
 
 
 def test_the_nearest_picture_is_the_latest_of_equals() -> None:
