@@ -165,7 +165,7 @@ def train_words(run: Run, size: ModelSize, name: str) -> tuple[HistoryMLLM, Temp
         def batch_at(step: int) -> dict[str, layout.Layout]:
             return {"words": batches.word_batch(params, stage, template, step, params.seed + 7)}
 
-        history = train.run_training(run, result, model, batch_at, stage.optim, params.seed, used)
+        history = train.run_training(run, result, model, batch_at, stage.optim, params.seed, key)
         train.finish(run, result, model.state_dict(), {"history": history, "key": key})
     return checkpoint.freeze(model, checkpoint.load(path)[0], path), template
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from nmlib import phrases
@@ -186,7 +186,7 @@ class ChatSession:
         if isinstance(picture, Path):
             try:
                 with Image.open(picture) as opened:
-                    return from_picture(ImageOps.exif_transpose(opened), str(picture), self.system.image_size)
+                    return from_picture(opened, str(picture), self.system.image_size)
             except ConversationError:
                 raise
             except PICTURE_ERRORS as error:

@@ -36,7 +36,7 @@ def train_encoder(run: Run, source: Source) -> History:
         subjects, values, images = data.training_pictures(params, source, optim.batch_size, generator)
         return {"images": images, "values": values, "subjects": subjects}
 
-    history = train.run_training(run, "encoder", module, batch_at, optim, params.seed, (params.source, params.vision))
+    history = train.run_training(run, "encoder", module, batch_at, optim, params.seed, key)
     metadata = {
         "settings": params.vision.model_dump(mode="json"),
         "image_size": params.source.image_size,
@@ -84,8 +84,7 @@ def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> H
     if (made := train.made(run.path("detokenizer.safetensors"), key)) is not None:
         return made
     module, batch_at = detokenizer_training(run, source, encoder)
-    settings = (params.source, params.vision, params.detokenizer)
-    history = train.run_training(run, "detokenizer", module, batch_at, optim, params.seed, settings)
+    history = train.run_training(run, "detokenizer", module, batch_at, optim, params.seed, key)
     encoder.cpu()
     metadata = {
         "settings": params.detokenizer.model_dump(mode="json"),

@@ -6,6 +6,8 @@ errors that name the file, the key, the value seen and what was expected.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +23,7 @@ from nmlib.settings import (
     ExperimentsConfig,
     IdentityConfig,
     ModelConfig,
+    Name,
     OptimConfig,
     PeopleConfig,
     SeedXConfig,
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 
+PLAIN = str | int | float | bool | None  # what a value that is neither list nor mapping may be
 LONGEST_EXERCISE = 12  # rounds of the longest exercise that `words: lookup` reads
 
 
@@ -64,9 +68,9 @@ class ParamsError(ValueError):
 class Params(Settings):
     """A whole params file."""
 
-    name: str
+    name: Name
     meaningful: bool = True
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what NumPy's generator takes
     threads: Annotated[int, Field(ge=0)] = 0
     precision: Literal["float32", "bfloat16", "auto"] = "auto"
     source: SourceConfig
@@ -74,8 +78,8 @@ class Params(Settings):
     detokenizer: DetokenizerConfig
     identity: IdentityConfig
     clip: ClipModelConfig | None = None
-    data: dict[str, DataConfig]
-    people: dict[str, PeopleConfig] = Field(default_factory=dict)
+    data: dict[Name, DataConfig]
+    people: dict[Name, PeopleConfig] = Field(default_factory=dict)
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     experiments: ExperimentsConfig
@@ -95,6 +99,12 @@ class Params(Settings):
                 return stage
         raise KeyError(f"params {self.name!r} has no stage {name!r}; it has {[s.name for s in self.stages]}")
 
+    def stage_model(self, stage: StageConfig) -> ModelConfig:
+        """Model settings of a stage: the file's, with what the stage overrides."""
+        names = ("response", "markers", "text_loss_weight", "feature_loss_weight")
+        changes = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
+        return self._model_with(f"stages: {stage.name!r}", changes)
+
     def is_personal(self, stage: StageConfig) -> bool:
         """Whether a stage is about people: it reads names, or framing and pose."""
         return any(name in self.people or self.data[name].view for name in stage.data)
@@ -106,6 +116,18 @@ class Params(Settings):
             settings = getattr(self, part)
             if settings is not None and size % (patch := settings.patch_size):
                 raise ValueError(f"{part}.patch_size {patch} does not divide source.image_size {size}")
+        self._rounds_fit()
+        self._people_fit()
+        self._parts_fit()
+        if self.seedx is not None and self.seedx.model != self.model:
+            raise ValueError("seedx.model differs from model; write it once as `model: &model` and refer to `*model`")
+        self._stages_fit()
+        self._widths_fit()
+        self._extras_fit({stage.name for stage in self.stages})
+        return self
+
+    def _rounds_fit(self) -> None:
+        """Raise ValueError unless the model has room for the longest conversation."""
         lengths = [length for part in self.data.values() for length in part.rounds]
         lengths += [length for part in self.people.values() for length in part.rounds]
         longest = max([*lengths, self.experiments.drift_rounds])
@@ -118,12 +140,13 @@ class Params(Settings):
             raise ValueError(
                 f"model.max_rounds is {self.model.max_rounds}, but conversations have up to {longest} rounds"
             )
-        self._people_fit()
-        self._parts_fit()
-        if self.seedx is not None and self.seedx.model != self.model:
-            raise ValueError("seedx.model differs from model; write it once as `model: &model` and refer to `*model`")
+
+    def _stages_fit(self) -> None:
+        """Raise ValueError unless stages have names of their own and refer to what is there."""
         seen: set[str] = set()
         for stage in self.stages:
+            if stage.name in seen:
+                raise ValueError(f"stages: two stages are named {stage.name!r}; every stage has a name of its own")
             if stage.start is not None and stage.start not in seen:
                 raise ValueError(
                     f"stages: {stage.name!r} starts from {stage.start!r}, which is no earlier stage; "
@@ -133,9 +156,26 @@ class Params(Settings):
             if unknown:
                 there = sorted([*self.data, *self.people])
                 raise ValueError(f"stages: {stage.name!r} reads data {unknown}; `data:` and `people:` define {there}")
+            self.stage_model(stage)
             seen.add(stage.name)
-        self._extras_fit(seen)
-        return self
+
+    def _model_with(self, where: str, changes: dict[str, Any]) -> ModelConfig:
+        """The model with some settings changed; raises ValueError that says where, if they do not go together."""
+        try:
+            return ModelConfig.model_validate(self.model.model_dump() | changes)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{where}, with `model:` overridden by {changes}: {said}") from None
+
+    def _widths_fit(self) -> None:
+        """Raise ValueError unless the output resampler's heads divide the width of image tokens."""
+        part, vision = ("vision", self.vision) if self.seedx is None else ("seedx.vision", self.seedx.vision)
+        width, heads = vision.feature_dim, self.model.resampler_heads
+        if width % heads or width % 4:
+            raise ValueError(
+                f"{part}.feature_dim {width} must be a multiple of model.resampler_heads {heads} and of 4: "
+                "the output resampler shares it among its heads, and its grid positions are sine and cosine of x and y"
+            )
 
     def _extras_fit(self, stages: set[str]) -> None:
         """Raise ValueError unless what optional blocks refer to is there."""
@@ -146,6 +186,8 @@ class Params(Settings):
             )
         if self.breaks is not None and not {"markov", "rollback"} <= stages:
             raise ValueError(f"breaks: compares the stages 'markov' and 'rollback'; `stages:` are {sorted(stages)}")
+        for number, size in enumerate(self.breaks.sizes if self.breaks is not None else ()):
+            self._model_with(f"breaks.sizes.{number}", size.model_dump())
 
     def _people_fit(self) -> None:
         """Raise ValueError unless data sets about people have a world of people and names of their own."""
@@ -191,6 +233,8 @@ def parse(raw: Any, where: str) -> Params:
     """
     if not isinstance(raw, dict):
         raise ParamsError(f"{where}: expected a mapping of settings, found {type(raw).__name__}")
+    if faults := list(_not_plain(raw)):
+        raise ParamsError("\n".join(f"{where}: {key}: {fault}" for key, fault in faults))
     try:
         return Params.model_validate_json(json.dumps(raw))
     except ValidationError as error:
@@ -198,12 +242,35 @@ def parse(raw: Any, where: str) -> Params:
         raise ParamsError("\n".join(lines)) from None
 
 
+def _not_plain(value: Any, key: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, str]]:
+    """What YAML can hold and settings cannot (dates, bytes, sets, cycles): the key, and what is wrong with it."""
+    if id(value) in above:
+        yield key, "the anchor's value contains itself; write out what is meant instead of the alias"
+    elif isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            inner = f"{key}.{name}" if key else str(name)
+            if not isinstance(name, PLAIN):
+                yield inner, f"expected a name as key, found {_typed(name)}; put text in quotes"
+            yield from _not_plain(part, inner, (*above, id(value)))
+    elif not isinstance(value, PLAIN):
+        yield key, f"expected text, a number, a list or a mapping, found {_typed(value)}; put text in quotes"
+
+
+def _typed(value: Any) -> str:
+    shown = str(value) if isinstance(value, date) else repr(value)
+    return f"{shown}, which YAML reads as a {type(value).__name__}"
+
+
 def _explain(where: str, fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
+    # a key that is refused ends in itself and `[key]`; the line ends in it already, as what was found
+    loc = fault["loc"][:-2] if fault["loc"][-1:] == ("[key]",) else fault["loc"]
+    key = ".".join(str(part) for part in loc) or "(whole file)"
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r} (value {fault['input']!r}); remove it or correct its spelling"
     if fault["type"] == "missing":
         return f"{where}: key {key!r} is missing; add it"
+    if fault["type"] == "too_short":
+        return f"{where}: {key}: expected {fault['ctx']['min_length']} or more values, found {fault['input']!r}"
     seen = "" if isinstance(fault["input"], dict) else f", found {fault['input']!r}"
     return f"{where}: {key}: {fault['msg'].removeprefix('Value error, ')}{seen}"
 
@@ -215,16 +282,27 @@ def load(path: str | Path) -> Params:
         path: a YAML file such as `params/cpu.yaml`.
 
     Raises:
-        ParamsError: the file is missing, is not YAML, or does not fit the schema.
+        ParamsError: the file is missing, is not text or not YAML, or does not fit the schema.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ParamsError(f"{path}: cannot be read ({error.strerror}); known params there: {known}") from None
+    text = _text(path)
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # of a value that only looks like a date or a number: 2024-13-01
+        raise ParamsError(f"{path}: not valid YAML: {error}; put text in quotes") from None
     return parse(raw, str(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ParamsError(f"{path}: cannot be read ({error.strerror}); known params there: {known}") from None
+    except UnicodeDecodeError as error:
+        line, seen = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise ParamsError(
+            f"{path}: expected UTF-8 text, found byte 0x{seen:02x} in line {line}; save as UTF-8"
+        ) from None

@@ -6,12 +6,14 @@ introduced by name can be asked for by name: the base of such a round is the pic
 same object is a row of the data set, the ground truth of the benchmark, and the picture in the explorer.
 """
 
+import contextlib
+import struct
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Kind = Literal["upload", "describe", "edit", "rollback", "introduce", "recall"]
@@ -237,10 +239,24 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def from_picture(picture: Image.Image, where: str, size: int | None = None) -> Tensor:
-    """PIL picture to a uint8 tensor (3, H, W), resized to `size` if given; refuses pictures too large to be meant."""
+    """PIL picture to a uint8 tensor (3, H, W).
+
+    Args:
+        picture: opened and, so that one that is too large is never decoded, not loaded yet; where its EXIF says that
+            it was taken sideways it is set upright, and one whose EXIF is damaged is taken as it lies.
+        where: for the message.
+        size: height and width that it is resized to; None keeps them.
+
+    Raises:
+        ConversationError: it is too large to be meant.
+    """
     if picture.width * picture.height > MAX_IMAGE_PIXELS:
         raise ConversationError(
             f"{where}: image is {picture.width} x {picture.height}; at most {MAX_IMAGE_PIXELS} pixels"
         )
-    coloured = picture.convert("RGB") if size is None else picture.convert("RGB").resize((size, size))
+    coloured = picture.convert("RGB")
+    with contextlib.suppress(struct.error, *PICTURE_ERRORS):  # of damaged EXIF alone: the pixels are there by now
+        ImageOps.exif_transpose(coloured, in_place=True)
+    if size is not None:
+        coloured = coloured.resize((size, size))
     return torch.from_numpy(np.asarray(coloured).copy()).permute(2, 0, 1)  # (3, H, W)

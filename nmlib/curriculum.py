@@ -22,13 +22,6 @@ from nmlib.runtime import Run
 from nmlib.train import History, Part
 
 
-def stage_model_settings(params: Params, stage: StageConfig) -> ModelConfig:
-    """Model settings of a stage: the params file's, with what the stage overrides."""
-    names = ("response", "markers", "text_loss_weight", "feature_loss_weight")
-    changes = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
-    return ModelConfig.model_validate(params.model.model_dump() | changes)
-
-
 def new_model(
     settings: ModelConfig, tokenizer: PreTrainedTokenizerFast, tokens: int, feature_dim: int
 ) -> tuple[HistoryMLLM, Template]:
@@ -52,7 +45,7 @@ def _earlier(params: Params, stage: StageConfig) -> list[Settings]:
     if stage.start is None:
         return []
     before = params.stage(stage.start)
-    return [*_earlier(params, before), *batches.settings_of(params, before), stage_model_settings(params, before)]
+    return [*_earlier(params, before), *batches.settings_of(params, before), params.stage_model(before)]
 
 
 def _has_seen_pictures(params: Params, name: str | None) -> bool:
@@ -67,7 +60,7 @@ def _start(
     run: Run, stage: StageConfig, features: Mapping[str, ConversationFeatures], seed: int
 ) -> tuple[HistoryMLLM, Template]:
     """The model that a stage begins with, and its template."""
-    settings = stage_model_settings(run.params, stage)
+    settings = run.params.stage_model(stage)
     tokens = run.params.tokens_per_image
     speaker = data.speaker(run.params)
     tokenizer = layout.build_tokenizer(speaker.attributes, tokens, settings.max_rounds, speaker.names)
@@ -110,7 +103,7 @@ def train_stage(run: Run, name: str, features: Mapping[str, ConversationFeatures
         seed: added to the run's seed, for intervals over seeds.
     """
     params, stage, result = run.params, run.params.stage(name), model_name(name, seed)
-    settings = stage_model_settings(params, stage)
+    settings = params.stage_model(stage)
     parts = [*batches.settings_of(params, stage), settings]
     parts_before = [params.source, params.vision, *_earlier(params, stage)]
     key = train.training_key(run, "curriculum", seed, *parts_before, *parts)
@@ -122,9 +115,7 @@ def train_stage(run: Run, name: str, features: Mapping[str, ConversationFeatures
         model.add_lora()
 
     batch_at = batches.stage_batches(params, stage, features, template, params.seed + seed)
-    history = train.run_training(
-        run, result, model, batch_at, stage.optim, params.seed + seed, [params.source, params.vision, *parts], split
-    )
+    history = train.run_training(run, result, model, batch_at, stage.optim, params.seed + seed, key, split)
     if stage.trainable == "lora":
         model.merge_lora()
     metadata = {

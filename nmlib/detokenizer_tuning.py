@@ -96,8 +96,7 @@ def _go_on(
     if (made := train.made(run.path(f"{STEPS[after]}.safetensors"), key)) is not None:
         return made
     module = load_step(run, before).requires_grad_(True)
-    settings = (run.params.source, run.params.vision, run.params.detokenizer, tuning_settings(run))
-    history = train.run_training(run, STEPS[after], module, batch_at, optim, run.params.seed, settings)
+    history = train.run_training(run, STEPS[after], module, batch_at, optim, run.params.seed, key)
     train.finish(run, STEPS[after], module.state_dict(), metadata | {"history": history, "key": key})
     return history
 
@@ -109,7 +108,9 @@ def fresh_conversations(run: Run, source: PeopleSource, step: int) -> list[Conve
     seed = run.params.seed + SEED + 1
     pick = int(torch.randint(len(settings.rounds), (1,), generator=data.step_generator(seed, step)))
     length = settings.rounds[pick]
-    changes = {"conversations": max(1, tuning.predicted.batch_size // length), "rounds": (length,)}
+    count = max(1, tuning.predicted.batch_size // length)
+    # a face that was only described has no exact picture to learn from
+    changes = {"conversations": count, "rounds": (length,), "describe_share": 0.0}
     told = batches.draw(run.params, tuning.data, train.step_seed(seed, step), "train", changes)
     return personalization.with_images(source, told, settings.pairing)
 

@@ -54,7 +54,8 @@ class AnswerableEditor(rollback.ExactEditor):
     """Edits of any state that somebody who saw the conversation can make.
 
     "Remove the hair dye" has no right answer while every picture shows dyed hair: nobody knows the colour. The Markov
-    ceiling, which takes every edit to be as likely as any other, counts these few in.
+    ceiling, which takes every edit to be as likely as any other, counts these few in. Training keeps them: people do
+    ask such things, and then a plausible colour is the best that a model can draw.
     """
 
     def propose(self, conversation: Conversation, base: int, rng: random.Random) -> tuple[Edit | None, str] | None:

@@ -37,12 +37,12 @@ class BreaksConfig(Settings):
     conversations of each of `rounds` rounds. `conversations` is how many are asked each time.
     """
 
-    detokenizer_steps: tuple[Count, ...]
+    detokenizer_steps: Annotated[tuple[Count, ...], Field(min_length=1)]
     drift_rounds: Annotated[int, Field(ge=3, le=64)]
-    sizes: tuple[ModelSize, ...]
+    sizes: Annotated[tuple[ModelSize, ...], Field(min_length=1)]
     word_steps: Count
     word_rounds: Count
-    rounds: tuple[Annotated[int, Field(ge=3, le=64)], ...]
+    rounds: Annotated[tuple[Annotated[int, Field(ge=3, le=64)], ...], Field(min_length=1)]
     conversations: Count
     depth: Count = 1
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Generator, Tensor
 
-from nmlib.conversation import MAX_IMAGE_PIXELS, PICTURE_ERRORS, ConversationError, from_picture
+from nmlib.conversation import PICTURE_ERRORS, ConversationError, from_picture
 from nmlib.phrases import is_heldout
 from nmlib.runtime import read_json
 from nmlib.sources import Attribute, Clip
@@ -67,9 +67,7 @@ class FolderClips:
     def _picture(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as picture:
-                is_sane = picture.width * picture.height <= MAX_IMAGE_PIXELS  # others are refused before they unpack
-                upright = ImageOps.exif_transpose(picture) if is_sane else picture  # phones store turned pictures
-                return from_picture(upright, str(path), self.image_size)
+                return from_picture(picture, str(path), self.image_size)
         except ConversationError:
             raise
         except PICTURE_ERRORS as error:

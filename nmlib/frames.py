@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from nmlib.conversation import MAX_IMAGE_PIXELS, PICTURE_ERRORS, from_picture
@@ -105,7 +105,7 @@ def _picture_frame(file: Path) -> Frame:
     try:
         with Image.open(file) as picture:
             _check_size(picture.width, picture.height)
-            return Frame(file.name, from_picture(ImageOps.exif_transpose(picture), str(file)))
+            return Frame(file.name, from_picture(picture, str(file)))
     except ClipError as error:
         return Frame(file.name, None, str(error))
     except PICTURE_ERRORS as error:

@@ -49,8 +49,7 @@ def train_identity(run: Run, source: Source) -> History:
         images = source.render(subjects, data.sample_values(source, len(labels), chance))  # (B, 3, H, W)
         return {"images": images, "labels": labels, "step": step}
 
-    parts = (params.source, settings)
-    history = train.run_training(run, "identity", module, batch_at, settings.optim, params.seed, parts)
+    history = train.run_training(run, "identity", module, batch_at, settings.optim, params.seed, key)
     export_onnx(module.embedder, product)
     _finish(run, "identity", history, key)
     return history
@@ -76,8 +75,7 @@ def train_clip(run: Run, source: Source) -> History:
         rng = random.Random(train.step_seed(params.seed + 8, step))
         return module.batch(source, settings.optim.batch_size, chance, rng)
 
-    parts = (params.source, settings)
-    history = train.run_training(run, "clip", module, batch_at, settings.optim, params.seed, parts)
+    history = train.run_training(run, "clip", module, batch_at, settings.optim, params.seed, key)
     module.save(product)
     _finish(run, "clip", history, key)
     return history

@@ -37,7 +37,7 @@ class Work(NamedTuple):
 
 def build(params: Params, stage: StageConfig) -> tuple[HistoryMLLM, Template]:
     """The model of a stage with fresh weights, and LoRA where the stage trains it."""
-    settings, speaker = curriculum.stage_model_settings(params, stage), data.speaker(params)
+    settings, speaker = params.stage_model(stage), data.speaker(params)
     tokens = params.tokens_per_image
     words = layout.build_tokenizer(speaker.attributes, tokens, settings.max_rounds, speaker.names)
     model, template = curriculum.new_model(settings, words, tokens, params.vision.feature_dim)
@@ -85,7 +85,7 @@ def step_work(params: Params, stage: StageConfig, template: Template, own_histor
         template: lays conversations out.
         own_history: count the pass that predicts pictures for the history, which the end of a stage makes.
     """
-    settings, words = curriculum.stage_model_settings(params, stage), len(template.tokenizer)
+    settings, words = params.stage_model(stage), len(template.tokenizer)
     repeated = stage.optim.activation_checkpointing
     if not stage.data:
         spoken = batches.word_batch(params, stage, template, 0, 0)
@@ -137,12 +137,12 @@ def report(params: Params) -> str:
     ]
     built: dict[tuple[ModelConfig, str], tuple[HistoryMLLM, Template]] = {}
     for stage in params.stages:
-        kind = (curriculum.stage_model_settings(params, stage), stage.trainable)
+        kind = (params.stage_model(stage), stage.trainable)
         model, template = built[kind] = built.get(kind) or build(params, stage)
         work = step_work(params, stage, template)
         parameters, trained = numbers(model)
         weights = FROZEN_BYTES * (parameters - trained) + TRAINED_BYTES * trained
-        kept = activation_bytes(curriculum.stage_model_settings(params, stage), stage, work)
+        kept = activation_bytes(params.stage_model(stage), stage, work)
         flops = work.flops * stage.optim.steps
         minutes = flops / (PEAK_TFLOPS * 1e12 * UTILISATION) / 60
         lines.append(

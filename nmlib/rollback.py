@@ -115,10 +115,12 @@ class ConversationBuilder:
     def _depths_by_reference(self, conversation: Conversation, rng: random.Random) -> dict[Reference, list[int]]:
         """Depths within the settings' bounds that each kind of reference can name."""
         found: dict[Reference, list[int]] = {}
-        last = len(conversation) - 1
-        for depth in range(1, min(self.settings.named_depth or self.settings.max_depth, last) + 1):
+        counted, last = self.settings.max_depth, len(conversation) - 1
+        named = self.settings.named_depth or counted
+        for depth in range(1, min(max(named, counted), last) + 1):
             for kind in self.references(conversation, last - depth, rng):
-                found.setdefault(kind, []).append(depth)
+                if depth <= (counted if kind == "count" else named):
+                    found.setdefault(kind, []).append(depth)
         return found
 
     def edit(self, conversation: Conversation, base: int, rng: random.Random) -> Conversation:
@@ -185,8 +187,7 @@ class ConversationBuilder:
         """Ways to name the picture of round `base` without ambiguity, each a maker of clauses."""
         depth = len(conversation) - 1 - base
         found: dict[Reference, Callable[[], str]] = {"ordinal": lambda: phrases.ordinal_clause(rng, base)}
-        countable = len(phrases.NUMBERS) if self.settings.named_depth is None else self.settings.max_depth
-        if depth <= countable:
+        if depth <= len(phrases.NUMBERS):
             found["count"] = lambda: phrases.count_clause(rng, depth)
         if base == 0:
             found["start"] = lambda: phrases.start_clause(rng)

@@ -30,6 +30,7 @@ from nmlib import config
 T = TypeVar("T")
 MAX_THREADS = 8
 _TEMPORARY = ".tmp-"
+_HOST = "".join(letter if letter.isalnum() else "_" for letter in platform.node())  # of a temporary's process
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BLOCK, _KEPT_HEAP = 2**25, 2**31 - 1  # the largest that glibc takes, in bytes
 
@@ -155,7 +156,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with _guarded(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}@{_HOST}-{path.name}")
         try:
             yield temporary
             if not temporary.exists():
@@ -182,7 +183,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     with _guarded(path):
-        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}@{_HOST}-{path.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -385,8 +386,8 @@ def is_temporary(path: Path) -> bool:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left under temporary names; put back a folder caught while being replaced."""
-    for path in list(folder.rglob(f"{_TEMPORARY}*")):
-        owner, _, name = path.name.removeprefix(_TEMPORARY).partition("-")
+    for path in list(folder.rglob(f"{_TEMPORARY}*@{_HOST}-*")):  # from here, those of other hosts look dead
+        owner, _, name = path.name.removeprefix(_TEMPORARY).partition(f"@{_HOST}-")
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             whole = path.with_name(name.removesuffix(".old"))
             if name.endswith(".old") and not whole.exists():

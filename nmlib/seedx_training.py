@@ -80,7 +80,7 @@ def stage_settings(params: Params, stage: StageConfig) -> SeedXConfig:
         ValueError: the stage asks for what SEED-X has not, or what real data sets do not tell.
     """
     assert params.seedx is not None
-    settings = params.seedx.model_copy(update={"model": curriculum.stage_model_settings(params, stage)})
+    settings = params.seedx.model_copy(update={"model": params.stage_model(stage)})
     wanted = {
         "data": (bool(stage.data), "a data set; words alone are exercises in the grammar of a world"),
         "word_rounds": (not stage.word_rounds, "0; words beside the pictures are drawn from a world"),
@@ -194,9 +194,7 @@ def train_stage(run: Run, name: str, weights: Path, seed: int = 0) -> History:
     run.log("data", stage=name, **{f"too_long_{part}": found.dropped for part, found in sets.items()})
     module = PictureReader(agent, load_vit(weights, settings, dtype))
     batch_at = stage_batches(stage, sets, template, params.seed + seed)
-    history = train.run_training(
-        run, result, module, batch_at, stage.optim, params.seed + seed, parts, curriculum.split
-    )
+    history = train.run_training(run, result, module, batch_at, stage.optim, params.seed + seed, key, curriculum.split)
     _finish(run, result, System(agent, None, template), dtype, {"key": key, "stage": name, "history": history})
     return history
 

@@ -1,18 +1,33 @@
 """The blocks of a params file: frozen, strict about types, unknown keys are errors."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+
+def _plain_file_name(name: str) -> str:
+    """A name of files and folders of results: it must not lead out of the run's folder, nor look like an option."""
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise ValueError(
+            "expected a plain file name: at most 100 letters, digits, '_', '-' and '.', not beginning with '-' or '.'"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_file_name)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# share of an average that a step keeps; an average that keeps all of it never learns
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Lengths = Annotated[tuple[Annotated[int, Field(ge=2, le=64)], ...], Field(min_length=1)]
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, strict about types, unknown keys are errors."""
+    """Base of all settings: frozen, strict about types, finite, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class SourceConfig(Settings):
@@ -38,8 +53,8 @@ class OptimConfig(Settings):
     min_learning_rate_ratio: Fraction = 0.05
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     max_grad_norm: Positive = 1.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    ema_decay: Fraction = 0.0
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
+    ema_decay: Decay = 0.0
     checkpoint_every: Count = 200
     parts: int = Field(default=1, ge=1, exclude_if=lambda value: value == 1)
     activation_checkpointing: bool = Field(default=False, exclude_if=lambda value: not value)
@@ -87,6 +102,12 @@ class DetokenizerConfig(Settings):
     condition_dropout: Fraction = 0.1
     token_noise: Annotated[float, Field(ge=0.0)] = 0.0
     optim: OptimConfig
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> "DetokenizerConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
 
 
 class IdentityConfig(Settings):
@@ -161,7 +182,7 @@ class DataConfig(Settings):
     """
 
     conversations: Count
-    rounds: tuple[Annotated[int, Field(ge=2, le=64)], ...]
+    rounds: Lengths
     rollback_share: Fraction = 0.6
     max_depth: Count = 2
     named_depth: Count | None = None
@@ -182,9 +203,9 @@ class PeopleConfig(Settings):
     """
 
     conversations: Count
-    rounds: tuple[Annotated[int, Field(ge=2, le=64)], ...]
+    rounds: Lengths
     pairing: Literal["same", "masked", "paired"]
-    people: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 3)
+    people: Annotated[tuple[Annotated[int, Field(ge=1, le=8)], ...], Field(min_length=1)] = (1, 2, 3)
     max_delay: Count = 8
     recall_share: Fraction = 0.5
     rollback_share: Fraction = 0.15
@@ -226,7 +247,7 @@ class ModelConfig(Settings):
     resampler_heads: Count = 4
     lora_rank: Count = 16
     lora_alpha: Count = 16
-    lora_dropout: Fraction = 0.0
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     max_rounds: Annotated[int, Field(ge=2, le=64)] = 16
     response: Literal["polite", "grounded"] = "grounded"
     markers: bool = True
@@ -240,6 +261,11 @@ class ModelConfig(Settings):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be an even multiple of heads {self.heads}: "
                 "rotary positions turn pairs of numbers in each head"
+            )
+        if self.hidden_size % self.resampler_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of resampler_heads {self.resampler_heads} and of 4"
+                ": the input resampler shares it among its heads, and its grid positions are sine and cosine of x and y"
             )
         if self.markers and self.response != "grounded":
             raise ValueError("markers: true needs response: grounded, whose text names the picture to start from")
@@ -280,7 +306,6 @@ class SeedXConfig(Settings):
     location_words: Annotated[int, Field(ge=0)] = 224
     max_positions: Count = 2048
     max_length: Annotated[int, Field(ge=1, description="tokens of the longest training sample")] = 2048
-    grids: tuple[Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*$")], ...] = ("1x1",)
     history: Literal["repeat", "direct", "states"] = "repeat"
 
     @property
@@ -320,7 +345,7 @@ class StageConfig(Settings):
     more the tokens count that a request changes, see `batches.change_weights`.
     """
 
-    name: str
+    name: Name
     start: str | None = None
     data: dict[str, Positive]
     trainable: Literal["all", "lora"]
@@ -362,7 +387,7 @@ class ExperimentsConfig(Settings):
     """How much to evaluate."""
 
     conversations: Count
-    depths: tuple[Count, ...] = (1, 2, 3, 4)
+    depths: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 4)
     drift_conversations: Count = 32
     drift_rounds: Annotated[int, Field(ge=3, le=64)] = 12
     bootstrap: Count = 1000

@@ -10,7 +10,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,13 +182,15 @@ class Training:
         """Go on from the last checkpoint, if there is one of this very training.
 
         Raises:
-            CheckpointError: the file is damaged, or belongs to other settings.
+            CheckpointError: the file is damaged, or belongs to another training.
         """
         if not self.path.exists():
             return
         tensors, metadata = checkpoint.load(self.path)
         if {name: metadata.get(name) for name in self._identity()} != self._identity():
-            raise checkpoint.CheckpointError(f"{self.path}: belongs to other settings; delete it to train anew")
+            raise checkpoint.CheckpointError(
+                f"{self.path}: belongs to other settings, data or library code; delete it to train anew"
+            )
         part, own = _split_by_prefix(tensors), self.module.state_dict()
         found = {name: tuple(tensor.shape) for name, tensor in part["module"].items()}
         expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
@@ -291,7 +293,7 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite; names the step.
-        CheckpointError: the checkpoint is damaged, or belongs to other settings.
+        CheckpointError: the checkpoint is damaged, or belongs to another training.
         ValueError: the processes cannot share the parts of a batch.
     """
     training = Training(module, optim, folder / "progress.safetensors", seed, key, split)
@@ -343,10 +345,10 @@ def run_training(
     batch_at: Callable[[int], dict[str, Any]],
     optim: OptimConfig,
     seed: int,
-    settings: Iterable[Settings],
+    key: str,
     split: Split = split_rows,
 ) -> History:
-    """Train, or go on with a training that was interrupted under the same settings; see `fit`.
+    """Train, or go on with a training of the same key that was interrupted; see `fit`.
 
     Args:
         run: takes the training's own files in `training/<name>`, and a line in its log.
@@ -355,7 +357,7 @@ def run_training(
         batch_at: step -> batch.
         optim: length and schedule.
         seed: order of data and noise.
-        settings: everything else that the training depends on.
+        key: identifies everything else that the training depends on; of the result as well.
         split: cuts a batch into `optim.parts`.
     """
     history = fit(
@@ -366,7 +368,7 @@ def run_training(
         seed=seed,
         precision=run.params.precision,
         title=name,
-        key="-".join(config.digest(part) for part in settings),
+        key=key,
         split=split,
     )
     if processes().is_main_process:

@@ -403,6 +403,18 @@ def test_a_picture_that_was_taken_sideways_is_turned(tmp_path: Path) -> None:
     assert torch.equal(*(talk.tokens.tokens(0) for talk in talks))
 
 
+def test_a_huge_picture_that_was_taken_sideways_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(path := tmp_path / "sideways.png", exif=exif)
+    monkeypatch.setattr("nmlib.conversation.MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
+    text = raised(lambda: ChatSession(SYSTEM).upload(path), ConversationError)
+    assert text == f"{path}: image is {picture().width} x {picture().height}; at most 100 pixels"
+
+
 def test_seeds_change_the_pixels_and_not_the_tokens() -> None:
     first, second = ChatSession(SYSTEM, seed=1), ChatSession(SYSTEM, seed=2)
     for talk in (first, second):

@@ -103,6 +103,134 @@ def test_what_names_a_picture_goes_together(
     assert said in refusal(write(tmp_path / "a.yaml", tiny))
 
 
+@pytest.mark.parametrize("changes", [{"markers": False}, {"markers": False, "response": "polite"}])
+def test_stage_without_markers_has_no_copy_gate(tmp_path: Path, tiny: dict[str, Any], changes: dict[str, Any]) -> None:
+    tiny["stages"][0] |= changes
+    text = refusal(write(tmp_path / "a.yaml", tiny))
+    assert "(whole file): stages: 'language', with `model:` overridden by {" in text and "'markers': False}" in text
+    assert "}: copy_gate: true needs markers: true, with which queries know the picture they start from" in text
+    tiny["model"]["copy_gate"] = False
+    assert config.load(write(tmp_path / "a.yaml", tiny)).stages[0].markers is False
+
+
+def test_stage_that_replies_politely_has_no_markers(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    tiny["stages"][0]["response"] = "polite"
+    text = refusal(write(tmp_path / "a.yaml", tiny))
+    assert "stages: 'language', with `model:` overridden by {'response': 'polite'}: markers: true needs" in text
+
+
+# Where a value is changed, what it becomes, and what is said after the file's name.
+REFUSED: list[tuple[str, Any, str]] = [
+    ("seed", -1, "seed: Input should be greater than or equal to 0, found -1"),
+    ("seed", 2**32, "seed: Input should be less than 4294967296, found 4294967296"),
+    ("data.base.rounds", [], "data.base.rounds: expected 1 or more values, found []"),
+    ("experiments.depths", [], "experiments.depths: expected 1 or more values, found []"),
+    (
+        "vision.optim.learning_rate",
+        float("inf"),
+        "vision.optim.learning_rate: Input should be a finite number, found inf",
+    ),
+    (
+        "vision.optim.learning_rate",
+        float("nan"),
+        "vision.optim.learning_rate: Input should be a finite number, found nan",
+    ),
+    ("stages.0.data", {"base": float("inf")}, "stages.0.data.base: Input should be a finite number, found inf"),
+    (
+        "model.feature_loss_weight",
+        float("inf"),
+        "model.feature_loss_weight: Input should be a finite number, found inf",
+    ),
+    ("vision.optim.betas", [0.9, 1.0], "vision.optim.betas.1: Input should be less than 1, found 1.0"),
+    ("vision.optim.betas", [-0.1, 0.9], "vision.optim.betas.0: Input should be greater than or equal to 0, found -0.1"),
+    ("vision.optim.ema_decay", 1.0, "vision.optim.ema_decay: Input should be less than 1, found 1.0"),
+]
+
+
+def change(settings: Any, place: str, value: Any) -> None:
+    """Set the value at a dotted place."""
+    *path, last = place.split(".")
+    for part in path:
+        settings = settings[int(part) if part.isdigit() else part]
+    settings[last] = value
+
+
+@pytest.mark.parametrize(("place", "value", "said"), REFUSED)
+def test_what_fails_in_training_is_refused_before(
+    tmp_path: Path, tiny: dict[str, Any], place: str, value: Any, said: str
+) -> None:
+    change(tiny, place, value)
+    assert refusal(write(tmp_path / "a.yaml", tiny)) == f"{tmp_path}/a.yaml: {said}"
+
+
+@pytest.mark.parametrize("key", ["rounds", "people"])
+def test_people_data_set_of_no_lengths(tmp_path: Path, tiny: dict[str, Any], key: str) -> None:
+    tiny["people"] = {"more": {"conversations": 3, "rounds": [4], "pairing": "same", key: []}}
+    text = refusal(write(tmp_path / "a.yaml", tiny))
+    assert text == f"{tmp_path}/a.yaml: people.more.{key}: expected 1 or more values, found []"
+
+
+def test_heads_of_the_resamplers_divide_both_widths(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    width = tiny["model"]["hidden_size"]
+    tiny["model"]["resampler_heads"] = 7
+    assert f"a.yaml: model: hidden_size {width} must be a multiple of resampler_heads 7 and of 4: the input" in refusal(
+        write(tmp_path / "a.yaml", tiny)
+    )
+    tiny["model"] |= {"hidden_size": 56, "heads": 4}
+    width = tiny["vision"]["feature_dim"]
+    assert f"vision.feature_dim {width} must be a multiple of model.resampler_heads 7 and of 4: the output" in refusal(
+        write(tmp_path / "a.yaml", tiny)
+    )
+
+
+def test_width_of_the_resamplers_is_a_multiple_of_four(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    tiny["model"] |= {"hidden_size": 18, "heads": 3, "resampler_heads": 2}
+    text = refusal(write(tmp_path / "a.yaml", tiny))
+    assert "hidden_size 18 must be a multiple of resampler_heads 2 and of 4" in text
+
+
+def test_heads_of_seedx_divide_its_features(tmp_path: Path) -> None:
+    paper = yaml.safe_load((ROOT / "params" / "paper.yaml").read_text(encoding="utf-8"))
+    paper["seedx"]["vision"] = {"feature_dim": 4100}
+    text = refusal(write(tmp_path / "a.yaml", paper))
+    assert "seedx.vision.feature_dim 4100 must be a multiple of model.resampler_heads 32 and of 4" in text
+
+
+def test_every_size_of_the_break_conditions_is_a_model(tmp_path: Path) -> None:
+    settings = yaml.safe_load((ROOT / "params" / "cpu.yaml").read_text(encoding="utf-8"))
+    settings["breaks"]["sizes"][1] |= {"hidden_size": 54, "heads": 3}
+    text = refusal(write(tmp_path / "a.yaml", settings))
+    assert "breaks.sizes.1, with `model:` overridden by {'hidden_size': 54" in text
+    assert "}: hidden_size 54 must be a multiple of resampler_heads 4 and of 4" in text
+
+
+NOT_PLAIN = ["../x", "a/b", "a\\b", "", ".hidden", "..", "-x", "a\n", "a" * 101]
+PLAIN = "expected a plain file name: at most 100 letters, digits, '_', '-' and '.', not beginning with '-' or '.'"
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_names_are_plain_file_names(tmp_path: Path, tiny: dict[str, Any], name: str) -> None:
+    path, said = tmp_path / "a.yaml", f"{PLAIN}, found {name!r}"
+    assert refusal(write(path, tiny | {"name": name})) == f"{path}: name: {said}"
+    assert refusal(write(path, tiny | {"data": tiny["data"] | {name: tiny["data"]["base"]}})) == f"{path}: data: {said}"
+    named = {"conversations": 3, "rounds": [4], "pairing": "same"}
+    assert refusal(write(path, tiny | {"people": {name: named}})) == f"{path}: people: {said}"
+    tiny["stages"][1]["name"] = name
+    assert refusal(write(path, tiny)) == f"{path}: stages.1.name: {said}"
+
+
+@pytest.mark.parametrize("name", ["cpu", "run-2.1", "_x", "läufe", "2024"])
+def test_names_that_are_plain(tmp_path: Path, tiny: dict[str, Any], name: str) -> None:
+    assert config.load(write(tmp_path / "a.yaml", tiny | {"name": name})).name == name
+
+
+def test_two_stages_of_one_name(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    tiny["stages"].append(tiny["stages"][-1])
+    name = tiny["stages"][-1]["name"]
+    text = refusal(write(tmp_path / "a.yaml", tiny))
+    assert f"stages: two stages are named {name!r}; every stage has a name of its own" in text
+
+
 def test_missing_file_lists_its_neighbours(tmp_path: Path, tiny: dict[str, Any]) -> None:
     write(tmp_path / "tiny.yaml", tiny)
     text = refusal(tmp_path / "tini.yaml")
@@ -114,6 +242,47 @@ def test_not_yaml(tmp_path: Path) -> None:
     path.write_text("name: [tiny", encoding="utf-8")
     assert refusal(path).startswith(f"{path}: not valid YAML: ")
     assert "\n" not in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "name: 2024-01-01",
+            "name: expected text, a number, a list or a mapping, found 2024-01-01, which YAML reads as a date; "
+            "put text in quotes",
+        ),
+        (
+            "vision: {width: [!!binary YQ==]}",
+            "vision.width.0: expected text, a number, a list or a mapping, found b'a', which YAML reads as a bytes; "
+            "put text in quotes",
+        ),
+        (
+            "data: {2024-01-01: {conversations: 1}}",
+            "data.2024-01-01: expected a name as key, found 2024-01-01, which YAML reads as a date; put text in quotes",
+        ),
+        ("name: 2024-13-01", "not valid YAML: month must be in 1..12; put text in quotes"),
+        ("a: &x {b: *x}", "a.b: the anchor's value contains itself; write out what is meant instead of the alias"),
+        ("a: &x [1, *x]", "a.1: the anchor's value contains itself; write out what is meant instead of the alias"),
+    ],
+)
+def test_yaml_that_settings_cannot_hold(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(line, encoding="utf-8")
+    assert refusal(path) == f"{path}: {said}"
+
+
+def test_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes("# settings\nname: é\n".encode("latin-1"))
+    assert refusal(path) == f"{path}: expected UTF-8 text, found byte 0xe9 in line 2; save as UTF-8"
+
+
+def test_an_anchor_may_be_used_twice(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    tiny["detokenizer"]["optim"] = tiny["vision"]["optim"]
+    path = write(tmp_path / "a.yaml", tiny)
+    assert "&id001" in path.read_text(encoding="utf-8"), "the file has an alias"
+    assert config.load(path).detokenizer.optim == config.load(path).vision.optim
 
 
 def test_not_a_mapping(tmp_path: Path) -> None:

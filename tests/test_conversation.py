@@ -1,5 +1,6 @@
 """Conversations: trees, names and whom they stand for, pictures, and what contradicts itself."""
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,42 @@ def test_pictures_there_and_back() -> None:
     assert stored.from_picture(stored.to_picture(beyond), "x")[:, 0, 0].tolist() == [0, 0, 255]
     grey = Image.new("L", (7, 5), 9)
     assert stored.from_picture(grey, "x").shape == (3, 5, 7)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_picture_taken_sideways_is_set_upright_once(kind: str) -> None:
+    """Red is on the left in the file and above in the photograph, and the given picture stays as it is."""
+    lying = Image.new("RGB", (32, 16), "blue")
+    lying.paste("red", (0, 0, 16, 16))
+    with Image.open(io.BytesIO(sideways(lying, kind))) as opened:
+        upright = stored.from_picture(opened, "x").float()
+        assert torch.equal(stored.from_picture(opened, "x").float(), upright)
+    assert upright.shape == (3, 32, 16)
+    assert (upright[0, :12] > 200).all() and (upright[2, :12] < 50).all() and (upright[2, 20:] > 200).all()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0no such header"])
+def test_a_picture_with_damaged_exif_is_taken_as_it_lies(exif: bytes) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (7, 5), "red").save(file, "PNG", exif=exif)
+    with Image.open(file) as opened:
+        assert stored.from_picture(opened, "x").shape == (3, 5, 7)
+
+
+def test_a_huge_picture_taken_sideways_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "MAX_IMAGE_PIXELS", 34)
+    with Image.open(io.BytesIO(sideways(Image.new("RGB", (7, 5)), "JPEG"))) as opened:
+        monkeypatch.setattr(opened, "load", lambda: pytest.fail("was decoded"))
+        text = raised(lambda: stored.from_picture(opened, "x"), ConversationError)
+    assert text == "x: image is 7 x 5; at most 34 pixels"
+
+
+def sideways(picture: Image.Image, kind: str) -> bytes:
+    """A file of a picture that asks to be turned by a quarter to the right."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture.save(file, kind, exif=exif)
+    return file.getvalue()
 
 
 def test_validate_counts_pictures() -> None:

@@ -294,7 +294,11 @@ def test_an_interrupted_stage_is_not_mixed_with_other_settings(trained: Trained,
         curriculum.train_stage(started, "rollback", interrupted(features, 5))
     other = open_run(tmp_path, **with_stages(SETTINGS["stages"][1] | {"predicted_history": 0.1}))
     text = raised(lambda: curriculum.train_stage(other, "rollback", features), CheckpointError)
-    assert text.endswith("models/rollback/progress.safetensors: belongs to other settings; delete it to train anew")
+    assert text.endswith(
+        "models/rollback/progress.safetensors: belongs to other settings, data or library code; delete it to train anew"
+    )
+    other = open_run(tmp_path, stages=[SETTINGS["stages"][0] | {"history_noise": 0.2}, *SETTINGS["stages"][1:]])
+    assert "belongs to other" in raised(lambda: curriculum.train_stage(other, "rollback", features), CheckpointError)
     later = open_run(tmp_path, experiments=SETTINGS["experiments"] | {"conversations": 99})
     curriculum.train_stage(later, "rollback", features)  # what is measured later changes nothing here
 

@@ -67,10 +67,9 @@ def test_turned_photographs_are_read_upright(tmp_path: Path) -> None:
     assert (above[:, 0] > 200).all() and (above[:, 2] < 50).all() and (below[:, 2] > 200).all()
 
 
-def test_huge_frames_are_refused_before_they_are_turned(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmlib.folder_clips.MAX_IMAGE_PIXELS", 100)
+def test_huge_frames_are_refused_before_they_are_decoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmlib.conversation.MAX_IMAGE_PIXELS", 100)
-    monkeypatch.setattr("nmlib.folder_clips.ImageOps.exif_transpose", lambda picture: pytest.fail("was turned"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
     text = raised(lambda: FolderClips(root, 16).clips(1, "train", chance()), ConversationError)
     assert text.endswith(".png: image is 11 x 13; at most 100 pixels")
 

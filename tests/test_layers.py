@@ -10,7 +10,7 @@ from nmlib import runtime
 
 FOLDER = Path(nmlib.__file__).parent
 LAYERS = (
-    ("config", "extra_settings", "runtime", "settings"),
+    ("attention", "config", "extra_settings", "runtime", "settings"),
     (
         "checkpoint",
         "conversation",

@@ -120,6 +120,17 @@ def test_named_references_may_reach_deeper_than_counting() -> None:
     assert depths["count"] == {1} and max(depths["ordinal"]) == 6 and max(depths["start"]) > 1
 
 
+def test_counting_may_reach_deeper_than_named_references_as_far_as_there_are_words() -> None:
+    words = len(phrases.NUMBERS)
+    settings_ = config(conversations=20, rounds=(words + 4,), rollback_share=0.9, max_depth=words + 3, named_depth=2)
+    depths: dict[str, set[int]] = {}
+    for conversation in rollback.build_conversations(SOURCE, settings_, seed=1, split="train"):
+        for index, item in enumerate(conversation.rounds):
+            depths.setdefault(item.reference, set()).add(conversation.depth(index))
+    assert max(depths["count"]) == words
+    assert all(max(found) <= 2 for kind, found in depths.items() if kind != "count") and "ordinal" in depths
+
+
 def test_a_seed_gives_the_same_conversations_and_another_one_others() -> None:
     first, again = (rollback.build_conversations(SOURCE, config(), seed=4, split="train") for _ in range(2))
     assert first == again

@@ -132,11 +132,37 @@ def test_killed_process_leaves_no_file_and_its_rest_is_swept(tmp_path: Path, par
 def test_folder_caught_while_being_replaced_comes_back(tmp_path: Path, params_file: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    old = tmp_path / "run" / f".tmp-{gone.pid}-model.old"
+    old = tmp_path / "run" / f".tmp-{gone.pid}@{runtime._HOST}-model.old"
     old.mkdir(parents=True)
     (old / "weights").write_text("whole")
     Run.open(params_file, folder=tmp_path / "run")
     assert (tmp_path / "run" / "model" / "weights").read_text() == "whole"
+
+
+def test_only_what_dead_processes_of_this_host_left_is_swept(tmp_path: Path, params_file: Path) -> None:
+    """On a disk that hosts share, a process of another host looks dead."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder, here, writer = tmp_path / "run", runtime._HOST, os.getpid()
+    stay = [f"{writer}@{here}-a.txt", f"{gone.pid}@not_{here}-a.txt", f"{gone.pid}@{here}2-a.txt", f"{gone.pid}-a.txt"]
+    for owned in [*stay, f"{gone.pid}@{here}-a.txt", f"{gone.pid}@{here}-a@{here}-b.txt"]:
+        (folder / "deep" / f".tmp-{owned}").mkdir(parents=True)
+        (folder / f".tmp-{owned}").write_text("half")
+    Run.open(params_file, folder=folder)
+    names = {f".tmp-{owned}" for owned in stay}
+    assert {path.name for path in folder.iterdir()} == {"params.yaml", "deep", *names}
+    assert {path.name for path in (folder / "deep").iterdir()} == names
+    assert all(runtime.is_temporary(Path(name)) for name in names)
+
+
+def test_temporary_names_say_their_process_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime._HOST.replace("_", "").isalnum(), "nothing that a file name may not hold, or that ends the host"
+    monkeypatch.setattr(runtime, "_HOST", "other")
+    for writer in (runtime.atomic_path, runtime.atomic_folder):
+        with pytest.raises(KeyError), writer(tmp_path / "model") as temporary:
+            assert temporary.name == f".tmp-{os.getpid()}@other-model" and runtime.is_temporary(temporary)
+            assert temporary.suffix == ""
+            raise KeyError("stop")
 
 
 def test_json_round_trip_and_clear_errors(tmp_path: Path) -> None:

@@ -245,7 +245,8 @@ def test_a_checkpoint_that_was_being_written_is_not_taken_for_whole(
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     trained(tmp_path)
     text = raised(lambda: trained(tmp_path, **change), CheckpointError)
-    assert text == f"{tmp_path / 'progress.safetensors'}: belongs to other settings; delete it to train anew"
+    why = "belongs to other settings, data or library code; delete it to train anew"
+    assert text == f"{tmp_path / 'progress.safetensors'}: {why}"
 
 
 def test_a_checkpoint_of_another_network_or_damaged_is_refused(tmp_path: Path) -> None:
