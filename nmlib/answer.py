@@ -40,7 +40,8 @@ def likeliest(template: Template) -> Choose:
     def choose(logits: Tensor, said: Sequence[Sequence[int]], index: int) -> list[int]:
         scores = logits.clone()
         scores[:, banned] = -torch.inf
-        return [int(word) for word in scores.argmax(1)]
+        words: list[int] = scores.argmax(1).tolist()
+        return words
 
     return choose
 

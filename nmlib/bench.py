@@ -14,10 +14,12 @@ from nmlib.bench_setup import Bench, Sizes
 from nmlib.config import Params
 from nmlib.records import write_record
 from nmlib.runtime import Run, RunError
+from nmlib.throughput import throughput
 from nmlib.timing import Result
 
 WORKLOADS: dict[str, Callable[[Bench], None]] = {
     "training": workloads.training,
+    "throughput": throughput,
     "packing": workloads.packing,
     "latency": workloads.latency,
     "recompute": workloads.recompute,

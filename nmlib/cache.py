@@ -74,7 +74,7 @@ class TokenCache:
         """
         node = Node(id=len(self.nodes), parent=self.current, **fields)
         self.nodes.append(node)
-        self._tokens.append(tokens.detach().clone())
+        self._tokens.append(tokens.detach().cpu().clone())
         self.current = node.id
         return node
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nmlib import runtime
 from nmlib.runtime import atomic_path
 
 M = TypeVar("M", bound=nn.Module)
@@ -93,10 +94,9 @@ def require_fit(
 
 
 def freeze(module: M, tensors: Mapping[str, Tensor], path: Path) -> M:
-    """The module with the tensors of a file, in evaluation mode and without gradients."""
+    """The module with the tensors of a file, on this machine's device, in evaluation mode and without gradients."""
     load_into(module, tensors, str(path))
-    module.eval().requires_grad_(False)
-    return module
+    return module.to(runtime.device()).eval().requires_grad_(False)
 
 
 def as_json(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nmlib import checkpoint, data, runtime, train
+from nmlib import checkpoint, data, train
 from nmlib.config import DetokenizerConfig, Settings, VisionConfig
 from nmlib.detokenizer import Detokenizer
 from nmlib.runtime import Run
@@ -67,13 +67,11 @@ def detokenizer_training(
         params.detokenizer, params.source.image_size, params.tokens_per_image, params.vision.feature_dim
     )
 
-    eyes = encoder.to(runtime.device())
-
     def batch_at(step: int) -> dict[str, Tensor]:
         generator = data.step_generator(params.seed + 2, step)
         _, _, images = data.training_pictures(params, source, params.detokenizer.optim.batch_size, generator)
         with torch.no_grad():
-            return {"tokens": eyes(images.to(runtime.device())), "images": images}
+            return {"tokens": encoder(images), "images": images}
 
     return module, batch_at
 
@@ -85,7 +83,6 @@ def train_detokenizer(run: Run, source: Source, encoder: VisionTransformer) -> H
         return made
     module, batch_at = detokenizer_training(run, source, encoder)
     history = train.run_training(run, "detokenizer", module, batch_at, optim, params.seed, key)
-    encoder.cpu()
     metadata = {
         "settings": params.detokenizer.model_dump(mode="json"),
         "image_size": params.source.image_size,

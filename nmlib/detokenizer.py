@@ -136,8 +136,9 @@ class Detokenizer(nn.Module):
             guidance_scale: 1 is no guidance; None takes the settings'.
 
         Returns:
-            (B, 3, H, W) in [0, 1].
+            (B, 3, H, W) in [0, 1], on the device of the tokens.
         """
+        given, tokens = tokens.device, tokens.to(self.null.device)
         scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
         count = self.settings.sampling_steps if steps is None else steps
         generator = torch.Generator().manual_seed(seed)
@@ -154,4 +155,4 @@ class Detokenizer(nn.Module):
             guided = clean[0] if scale == 1 else clean[1] + scale * (clean[0] - clean[1])
             velocity = (picture - guided) / time[:, None, None, None]
             picture = scheduler.step(velocity, timestep, picture, return_dict=False)[0]
-        return (picture / 2 + 0.5).clamp(0, 1)
+        return (picture / 2 + 0.5).clamp(0, 1).to(given)

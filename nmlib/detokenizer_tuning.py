@@ -134,7 +134,7 @@ def predicted_pairs(system: System, told: list[Conversation]) -> tuple[Tensor, T
     asked = (layout.queries[:, 0], layout.queries[:, 1])
     for _ in range(2):
         history = own[layout.history[:, 0], layout.history[:, 1]]  # (C, N, D_feature)
-        own[asked] = system.model.to_history(system.model.predict(layout, history).images).to(own.dtype)
+        own[asked] = system.model.to_history(system.model.predict(layout, history).images).to(own)
     return own[asked], pictures[asked].float() / 255
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nmlib import batches, chat, codec, curriculum, data, metrics, rollback, runtime, train
+from nmlib import batches, chat, codec, curriculum, data, metrics, rollback, train
 from nmlib.chat import POLICIES, System
 from nmlib.config import DataConfig
 from nmlib.conversation import Conversation, Edit
@@ -39,12 +39,12 @@ def read_sets(run: Run, names: Iterable[str]) -> dict[str, data.ConversationFeat
 
     Of several processes the main one computes them, and the others read its files.
     """
-    encoder = codec.load_encoder(run).to(runtime.device())
+    encoder = codec.load_encoder(run)
     key = hashlib.sha256(run.path("encoder.safetensors").read_bytes()).hexdigest()
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
-        return encoder(images.to(runtime.device()).float() / 255).cpu()  # (B, N, D)
+        return encoder(images.float() / 255)  # (B, N, D)
 
     with train.processes().main_process_first():
         return {name: batches.load(run.params, name, run.path("data", name), encode, key) for name in names}

@@ -78,16 +78,17 @@ class ArcFaceTrainer(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, step: int) -> IdentityLosses:
         """Loss of pictures (B, 3, H, W) in [0, 1] of subjects `labels` (B,)."""
         vectors = self.embedder(images * 2 - 1).float()  # (B, E)
-        cosine = vectors @ F.normalize(self.centres.float(), dim=1).T  # (B, K)
-        margin = self.settings.margin * min(1.0, step / WARMUP_STEPS)
-        angle = torch.acos(cosine.gather(1, labels[:, None]).clamp(-0.999, 0.999))  # (B, 1)
-        logits = self.settings.scale * cosine.scatter(1, labels[:, None], torch.cos(angle + margin).to(cosine.dtype))
+        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 0.999 is 1, where acos has no slope
+            cosine = vectors @ F.normalize(self.centres.float(), dim=1).T  # (B, K)
+            margin = self.settings.margin * min(1.0, step / WARMUP_STEPS)
+            angle = torch.acos(cosine.gather(1, labels[:, None]).clamp(-0.999, 0.999))  # (B, 1)
+            logits = self.settings.scale * cosine.scatter(1, labels[:, None], torch.cos(angle + margin))
         return IdentityLosses(F.cross_entropy(logits, labels), (cosine.argmax(1) == labels).float().mean())
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:
     """Write the embedder as an ArcFace ONNX file that insightface loads."""
-    embedder.eval()
+    embedder.cpu().eval()
     example = torch.zeros(2, 3, INPUT_SIZE, INPUT_SIZE)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is missing
     quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)  # of torch.export's own making

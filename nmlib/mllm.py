@@ -170,6 +170,11 @@ class HistoryMLLM(nn.Module):
         self.llm = self.llm.merge_and_unload()
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
     def has_lora(self) -> bool:
         """Whether LoRA is attached."""
         return hasattr(self.llm, "peft_config")
@@ -269,6 +274,7 @@ class HistoryMLLM(nn.Module):
 
     def predict(self, layout: Layout, history: Tensor, output_attentions: bool = False) -> Output:
         """Image features at the query slots and logits at the supervised text slots."""
+        layout, history = layout.to(self.device), history.to(self.device)
         embeds, mask = self.embed(layout, history), layout.attention_mask()
         if output_attentions:  # only the eager path keeps them, and its mask is added to the scores
             mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
@@ -293,6 +299,7 @@ class HistoryMLLM(nn.Module):
 
     def read_words(self, layout: Layout) -> Tensor:
         """Hidden states (B, T, D) of a batch laid out without pictures."""
+        layout = layout.to(self.device)
         return self.base_llm.model(
             inputs_embeds=self.embed_text(layout.input_ids, layout.rounds),
             attention_mask=layout.attention_mask(),

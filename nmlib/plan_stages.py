@@ -12,6 +12,7 @@ from torch import nn
 
 from nmlib import batches, curriculum, data, layout
 from nmlib.config import ModelConfig, Params, StageConfig
+from nmlib.conversation import Conversation
 from nmlib.detokenizer import Detokenizer
 from nmlib.layout import IGNORE, Layout, Template
 from nmlib.mllm import HistoryMLLM
@@ -76,6 +77,15 @@ def pass_flops(settings: ModelConfig, layout: Layout, vocabulary: int, trainable
     return rows * llm_flops(settings, length) + head, rows * llm_flops(settings, length, backward=True) + 2 * head
 
 
+def longest_conversations(params: Params, stage: StageConfig) -> list[Conversation]:
+    """A batch of a stage's longest conversations, without pictures."""
+    name, longest = max(
+        ((name, max(batches.set_settings(params, name).rounds)) for name in stage.data), key=lambda pair: pair[1]
+    )
+    count = max(1, stage.optim.batch_size // longest)
+    return batches.draw(params, name, 0, "train", {"conversations": count, "rounds": (longest,)})
+
+
 def step_work(params: Params, stage: StageConfig, template: Template, own_history: bool = True) -> Work:
     """The work of a step with conversations of the longest length.
 
@@ -91,11 +101,7 @@ def step_work(params: Params, stage: StageConfig, template: Template, own_histor
         spoken = batches.word_batch(params, stage, template, 0, 0)
         there, back = pass_flops(settings, spoken, words, stage.trainable)
         return Work(spoken.input_ids.shape[0], spoken.input_ids.shape[1], 0, there * (1 + repeated) + back)
-    name, longest = max(
-        ((name, max(batches.set_settings(params, name).rounds)) for name in stage.data), key=lambda pair: pair[1]
-    )
-    count = max(1, stage.optim.batch_size // longest)
-    told = batches.draw(params, name, 0, "train", {"conversations": count, "rounds": (longest,)})
+    told = longest_conversations(params, stage)
     layout = template.packed(told) if stage.supervision == "packed" else template.prefix(told)
     forward, backward = pass_flops(settings, layout, words, stage.trainable)
     tokens, width = params.tokens_per_image, params.vision.feature_dim
@@ -108,7 +114,7 @@ def step_work(params: Params, stage: StageConfig, template: Template, own_histor
         spoken = batches.word_batch(params, stage, template, 0, 0)
         there, back = pass_flops(settings, spoken, words, stage.trainable)
         flops += there * (1 + repeated) + back
-    return Work(layout.input_ids.shape[0], layout.input_ids.shape[1], count * longest, flops)
+    return Work(layout.input_ids.shape[0], layout.input_ids.shape[1], len(told) * len(told[0]), flops)
 
 
 def activation_bytes(settings: ModelConfig, stage: StageConfig, work: Work) -> int:

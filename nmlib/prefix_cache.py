@@ -30,7 +30,7 @@ class PrefixCache:
     def __init__(self, model: HistoryMLLM, image_ids: Sequence[int], batch: int = 1) -> None:
         self.model, self.image_ids, self.batch = model, image_ids, batch
         self.llm = model.base_llm
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.states: Any = DynamicCache(config=self.llm.config)
         self.states.layers = [GrowingLayer() for _ in self.states.layers]
         self.visible = torch.zeros(batch, 0, dtype=torch.bool, device=self.device)  # (B, L)

@@ -230,11 +230,9 @@ def attention_shares(session: ChatSession, id_: int) -> tuple[float, ...]:
     spoken = _SpokenTemplate(system.template, [node.response for node in path])
     layout = spoken.prefix([_told(path)], [last])
     history = torch.stack([session.tokens.tokens(node.id) for node in path[:-1]])  # (C, N, D_feature)
-    device = next(system.model.parameters()).device
-    layout, history = layout.to(device), history.to(device)
     attentions = system.model.predict(layout, history, output_attentions=True).attentions
     assert attentions is not None
-    seen = torch.stack(list(attentions)).mean(dim=(0, 2))[0]  # (T, T)
+    seen = torch.stack(list(attentions)).mean(dim=(0, 2))[0].cpu()  # (T, T)
     queries = seen[layout.query_slots[0]].mean(0)  # (T,)
     pictures = layout.history_slots[0]  # (T,)
     shares = [float(queries[pictures & (layout.rounds[0] == earlier)].sum()) for earlier in range(last)]

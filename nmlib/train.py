@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nmlib import checkpoint, config, runtime
 from nmlib.config import OptimConfig, Settings
+from nmlib.prefetch import batches_ahead
 from nmlib.runtime import Run
 
 LOG_EVERY = 10
@@ -303,8 +304,9 @@ def fit(
     writer, steps = None, range(training.step, optim.steps)
     if training.accelerator.is_main_process:
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=training.step)
+    coming = batches_ahead(batch_at, steps, overlap=training.accelerator.device.type == "cuda")
     for step in steps if writer is None else runtime.progress(steps, desc=title):
-        losses = training.update(batch_at(step), dtype)
+        losses = training.update(next(coming), dtype)
         if step % LOG_EVERY == 0 or step == optim.steps - 1:
             training.history.append(_log(writer, step, losses, optim))
         if training.step % optim.checkpoint_every == 0 or training.step == optim.steps:

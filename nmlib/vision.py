@@ -104,12 +104,12 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(pool_dim**-0.5 * torch.randn(pool_dim, settings.feature_dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W) in [0, 1] to tokens (B, N, feature_dim)."""
-        patches = self.conv1(images * 2 - 1).flatten(2).transpose(1, 2)  # (B, P, D)
+        """Encode images (B, 3, H, W) in [0, 1] to tokens (B, N, feature_dim), on the device of the images."""
+        patches = self.conv1(images.to(self.proj.device) * 2 - 1).flatten(2).transpose(1, 2)  # (B, P, D)
         hidden_states = self.ln_pre(patches + resize_positions(self.positional_embedding, patches.shape[1]))
         hidden_states = self.transformer(hidden_states)  # (B, P, D)
         tokens = self.ln_post(self.attn_pool(hidden_states)) @ self.proj  # (B, N, feature_dim)
-        return F.layer_norm(tokens, tokens.shape[-1:]) if self.normalize else tokens
+        return (F.layer_norm(tokens, tokens.shape[-1:]) if self.normalize else tokens).to(images.device)
 
 
 class EncoderLosses(NamedTuple):

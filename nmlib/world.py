@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from nmlib import runtime
 from nmlib.sources import Attribute, attribute_index, attribute_sizes
 from nmlib.world_phrases import ATTRIBUTES
 from nmlib.world_portrait import IDENTITY, NUISANCE, SUBJECT, draw_portraits
@@ -115,14 +116,15 @@ class WorldSource:
         return self._draw(subjects, values)
 
     def _draw(self, subjects: Tensor, values: Tensor) -> Tensor:
-        """Draw states of the world's own attributes, a chunk at a time."""
-        size = self.image_size
+        """Draw states of the world's own attributes, a chunk at a time, on a GPU where there is one."""
+        size, place = self.image_size, runtime.device()
         pictures = torch.empty(len(subjects), 3, size, size, device=subjects.device)
-        budget = CHUNK_PIXELS * (1 if subjects.device.type == "cpu" else 256)
+        subjects, values = subjects.to(place), values.to(place)
+        budget = CHUNK_PIXELS * (1 if place.type == "cpu" else 256)
         chunk = max(1, budget // size**2)
         for start in range(0, len(subjects), chunk):
             part = slice(start, start + chunk)
-            drawn = draw_portraits(subjects[part].float(), values[part].to(subjects.device), size)
+            drawn = draw_portraits(subjects[part].float(), values[part], size)
             pictures[part] = drawn.permute(3, 0, 1, 2)
         return pictures
 

@@ -10,11 +10,12 @@ import torch
 import yaml
 from toy import SETTINGS, open_run, raised
 
-from nmlib import bench, config, speed_plots, workloads
+from nmlib import bench, config, plan_stages, speed_plots, workloads
 from nmlib import records as stored_records
 from nmlib.bench_setup import QUICK, Bench, Sizes, tokens_of
 from nmlib.prefix_cache import PrefixCache
 from nmlib.runtime import RunError
+from nmlib.throughput import noise_batch
 from nmlib.timing import Task, exponent, measure, summary
 from nmlib.workloads import Recompute, one_by_one
 
@@ -196,3 +197,19 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert call("--only", "speed") == 1
     assert "no workload 'speed'" in capsys.readouterr().err
     assert call("--repeats", "0") == 2
+
+
+def test_throughput_counts_the_step_that_it_times(report: bench.Report) -> None:
+    stage = next(stage for stage in PARAMS.stages if stage.data)
+    _, template = plan_stages.build(PARAMS, stage)
+    work = plan_stages.step_work(PARAMS, stage, template, own_history=False)
+    batch = noise_batch(quick(), stage, template)
+    assert batch["layout"].input_ids.shape == (work.rows, work.length)
+    assert batch["features"].shape[:2].numel() == work.pictures
+    found = {
+        name: report.result(f"throughput.{name}").value for name in ("tokens", "pictures", "flops", "product", "mfu")
+    }
+    spoken = 0 if batch["words"] is None else batch["words"].input_ids.numel()
+    assert found["tokens"] / found["pictures"] == pytest.approx((work.tokens + spoken) / work.pictures)
+    assert found["flops"] * 1e12 / found["pictures"] == pytest.approx(work.flops / work.pictures)
+    assert min(found.values()) > 0

@@ -10,7 +10,7 @@ from nmlib import runtime
 
 FOLDER = Path(nmlib.__file__).parent
 LAYERS = (
-    ("attention", "config", "extra_settings", "runtime", "settings"),
+    ("attention", "config", "extra_settings", "prefetch", "runtime", "settings"),
     (
         "checkpoint",
         "conversation",
@@ -80,6 +80,7 @@ LAYERS = (
         "quality",
         "seedx_evaluation",
         "seedx_training",
+        "throughput",
         "workloads",
     ),
     (
