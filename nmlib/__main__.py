@@ -22,7 +22,8 @@ HEADLINES = (
     r"rollback\.accuracy\.depth\d\.\w+|rollback\.retrieval\.depth[12]\.\w+|edit\..*|encoder\..*|detokenizer\.psnr"
     r"|metric\..*|book\.(minutes|peak\w+)|drift\.(identity|psnr|accuracy)\.round10\.(tokens|reencode|oracle)"
     r"|drift\.\w+_gain\.round10"
-    r"|people\.(identity|compliance|clip|slope)\.\w+|names\.accuracy\.people\d\.delay[18].*|bench\.\w+\.ratio\w*"
+    r"|people\.(identity|compliance|clip|slope)\.\w+|names\.accuracy\.people\d\.delay[18].*"
+    r"|bench\.\w+\.ratio\w*|bench\.throughput\.(tokens|mfu)"
 )
 app = typer.Typer(
     help="Multi-round conversational image generation that remembers the whole conversation.",

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from nmlib import attention, data, phrases, prompts, runtime
+from nmlib import data, phrases, prompts, runtime
 from nmlib.config import ClipModelConfig
 from nmlib.runtime import atomic_folder
 from nmlib.sources import Attribute, Source
@@ -101,8 +101,7 @@ def new_clip(settings: ClipModelConfig, tokenizer: PreTrainedTokenizerBase, imag
         "image_size": image_size,
         "patch_size": settings.patch_size,
     }
-    sizes = CLIPConfig(text_config=text, vision_config=vision, projection_dim=settings.projection_dim)
-    return CLIPModel._from_config(sizes, attn_implementation=attention.FULL)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=settings.projection_dim))
 
 
 def _unit(found: BaseModelOutputWithPooling) -> Tensor:

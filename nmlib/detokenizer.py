@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from nmlib.config import DetokenizerConfig
@@ -73,8 +72,6 @@ class Detokenizer(nn.Module):
             use_additional_conditions=False,
             interpolation_scale=1,
         )
-        if not torch.cuda.is_available():  # plain products, for the reason that nmlib.attention gives
-            self.dit.set_attn_processor(AttnProcessor())  # type: ignore[attr-defined]
         self.smooth = nn.Sequential(
             nn.Conv2d(3 + MAP_CHANNELS, SMOOTHING_CHANNELS, 3, padding=1),
             nn.GELU(),

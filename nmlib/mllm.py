@@ -23,7 +23,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nmlib import attention
 from nmlib.config import ModelConfig
 from nmlib.layout import IGNORE, Layout
 from nmlib.resampler import Resampler
@@ -113,7 +112,7 @@ class HistoryMLLM(nn.Module):
                 max_position_embeddings=8192,
                 pad_token_id=pad_token_id,
                 initializer_range=WORD_STD,
-                attn_implementation=attention.FULL,  # type: ignore[call-arg]
+                attn_implementation="sdpa",  # type: ignore[call-arg]
                 use_cache=False,
             )
         )
@@ -289,7 +288,7 @@ class HistoryMLLM(nn.Module):
             )
         finally:
             if output_attentions:
-                self.base_llm.set_attn_implementation(attention.FULL)
+                self.base_llm.set_attn_implementation("sdpa")
         hidden_states = result.last_hidden_state  # (B, T, D)
         queries = hidden_states[layout.query_slots].unflatten(0, (-1, self.tokens_per_image))  # (Q, N, D)
         logits = self.base_llm.lm_head(hidden_states[layout.labels != IGNORE])  # (L, V)

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmlib.attention import attend
-
 POSITION_SHARPNESS = 10.0
 
 
@@ -82,7 +80,7 @@ class Resampler(nn.Module):
         q = F.linear(query, q_weight, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
         k = F.linear(keys, k_weight, k_bias).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, M, D/H)
         v = F.linear(keys_values, v_weight, v_bias).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, M, D/H)
-        mixed = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
         return self.attn.out_proj(mixed)  # (B, N, D)
 
     @torch.no_grad()

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmlib.attention import attend
 from nmlib.config import VisionConfig
 from nmlib.resampler import Resampler, resize_positions
 
@@ -33,7 +32,7 @@ class VisualAttention(nn.Module):
         """(B, P, D) -> (B, P, D)."""
         mixed = self.in_proj(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, P, 3*D/H)
         q, k, v = mixed.chunk(3, dim=-1)
-        return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, P, D)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, P, D)
 
 
 class VisualMLP(nn.Module):

@@ -10,7 +10,7 @@ from nmlib import runtime
 
 FOLDER = Path(nmlib.__file__).parent
 LAYERS = (
-    ("attention", "config", "extra_settings", "prefetch", "runtime", "settings"),
+    ("config", "extra_settings", "prefetch", "runtime", "settings"),
     (
         "checkpoint",
         "conversation",
