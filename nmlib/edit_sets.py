@@ -5,6 +5,7 @@ has and nothing here needs (masks, captions, inverse instructions) are passed ov
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -99,7 +100,7 @@ def _zip_reader(archive: SafeZip) -> Callable[[str], bytes]:
     return read
 
 
-class _JsonLines:
+class _JsonLines(ABC):
     """Files with one JSON object a line; lines that are not wanted are not parsed."""
 
     kind = ""
@@ -140,9 +141,9 @@ class _JsonLines:
             raise Rejection("known corrupt", f"source_image {source}")
         return assemble(id_, self.kind, self.turns(row), self._folders.read, self.image_size)
 
+    @abstractmethod
     def turns(self, row: dict[str, Any]) -> list[Turn]:
         """The turns of a row; raises Rejection."""
-        raise NotImplementedError
 
 
 class SeedMultiTurn(_JsonLines):

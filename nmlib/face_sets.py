@@ -7,6 +7,7 @@ that nobody is in both splits.
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +53,7 @@ class FaceClip:
     box_unit: Literal["share", "pixels"] = "share"
 
 
-class _FaceRows:
+class _FaceRows(ABC):
     """What the layouts share: a list of entries, each of which gives a clip."""
 
     kind = ""
@@ -61,9 +62,9 @@ class _FaceRows:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @abstractmethod
     def entries(self) -> Iterator[tuple[str, Callable[[], FaceClip]]]:
         """Where each clip is described, and how to read it (raises Rejection)."""
-        raise NotImplementedError
 
     def records(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Record[FaceClip]]]:
         """A record for every clip."""

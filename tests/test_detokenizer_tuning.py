@@ -67,6 +67,15 @@ def test_a_second_call_trains_nothing(run: Run) -> None:
         assert run.path(f"{name}.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_nobody_is_only_described(run: Run) -> None:
+    """The exact face of somebody of whom a hat was said cannot be predicted, and so not be decoded either."""
+    assert run.params.people[TUNING["data"]].describe_share > 0
+    source = data.open_people(run.params.source)
+    told = [c for step in range(12) for c in detokenizer_tuning.fresh_conversations(run, source, step)]
+    kinds = [item.kind for c in told for item in c.rounds]
+    assert kinds.count("introduce") > 20 and "describe" not in kinds
+
+
 def test_predicted_tokens_stand_beside_the_pictures_they_were_asked_for(run: Run) -> None:
     """By hand: the second reading replaces every generated picture of the history by the first one's prediction."""
     system = experiments.load_system(run, "portrait")
