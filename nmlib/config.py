@@ -61,6 +61,20 @@ PLAIN = str | int | float | bool | None  # what a value that is neither list nor
 LONGEST_EXERCISE = 12  # rounds of the longest exercise that `words: lookup` reads
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which no mapping gives a key twice: the second value would silently win."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                fault = f"key {key.value!r} is given twice; keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 class ParamsError(ValueError):
     """A params file that cannot be used; the message says where, what was seen and what was expected."""
 
@@ -287,7 +301,7 @@ def load(path: str | Path) -> Params:
     path = Path(path)
     text = _text(path)
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:  # of a value that only looks like a date or a number: 2024-13-01

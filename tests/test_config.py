@@ -244,6 +244,20 @@ def test_not_yaml(tmp_path: Path) -> None:
     assert "\n" not in refusal(path)
 
 
+def test_a_key_given_twice(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.yaml", tiny)
+    path.write_text(path.read_text(encoding="utf-8") + "\nseed: 2\nseed: 3\n", encoding="utf-8")
+    assert "not valid YAML: key 'seed' is given twice; keep one of them in " in refusal(path)
+
+
+def test_an_anchor_may_be_merged_and_overridden(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    optim = tiny["vision"].pop("optim")
+    path = write(tmp_path / "a.yaml", tiny)
+    merged = f"  optim: {{<<: {optim}, steps: 7}}\n"
+    path.write_text(path.read_text(encoding="utf-8").replace("vision:\n", "vision:\n" + merged, 1), encoding="utf-8")
+    assert config.load(path).vision.optim.steps == 7
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
