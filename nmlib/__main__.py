@@ -7,7 +7,7 @@ that cannot be used, 130 interrupted.
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +21,17 @@ from nmlib.runtime import Run, RunError
 HEADLINES = (
     r"rollback\.accuracy\.depth\d\.\w+|rollback\.retrieval\.depth[12]\.\w+|edit\..*|encoder\..*|detokenizer\.psnr"
     r"|metric\..*|book\.(minutes|peak\w+)|drift\.(identity|psnr|accuracy)\.round10\.(tokens|reencode|oracle)"
-    r"|drift\.\w+_gain\.round10"
+    r"|drift\.\w+_gain\.round10|drift\.slope\.\w+|breaks\.(rounds\.retrieval|size\.named)\..*benefit|breaks\.caching\.accuracy\..*"
     r"|people\.(identity|compliance|clip|slope)\.\w+|names\.accuracy\.people\d\.delay[18].*"
-    r"|bench\.\w+\.ratio\w*|bench\.throughput\.(tokens|mfu)"
+    r"|bench\.\w+\.ratio\w*|bench\.(world\.render|undo\.(share|depth)|memory\.of_copy)|bench\.throughput\.(tokens|mfu)"
+    r"|detokenizer\.(psnr|identity)_faces\..*"
 )
+SIDE_BY_SIDE = (
+    r"rollback\.accuracy\.depth[1-4]\.(ceiling|markov_trained|rollback_trained|deep_trained)|edit\.accuracy\.rollback_trained"
+    r"|drift\.identity\.round10\.(tokens|reencode)|detokenizer\.psnr|names\.accuracy\.people2\.delay[18]"
+    r"|people\.(identity|compliance)\.(portrait|stage123|joint|ceiling)|book\.minutes"
+)
+NOT_ABOUT_PEOPLE = r"(rollback|drift|edit|bench)\..*"
 app = typer.Typer(
     help="Multi-round conversational image generation that remembers the whole conversation.",
     no_args_is_help=True,
@@ -165,11 +172,16 @@ def results(
     if stale:
         raise RunError(f"{source}: {len(stale)} of {len(found)} records are not current; {stale[0]}")
     if write_readme:
-        tables = {
-            file.stem: [record for id, record in records.read_records(file).items() if re.fullmatch(HEADLINES, id)]
-            for file in sorted(published.parent.glob("*.json"))
-        }
-        records.write_tables(project.root / "README.md", tables)
+        tables = {file.stem: _headlines(records.read_records(file)) for file in sorted(published.parent.glob("*.json"))}
+        records.write_tables(project.root / "README.md", tables, SIDE_BY_SIDE)
+
+
+def _headlines(found: Mapping[str, records.Record]) -> list[records.Record]:
+    """Results for the README; of a run on people only those on people, since its stages on rollback are short."""
+    shown = {id: record for id, record in found.items() if re.fullmatch(HEADLINES, id)}
+    if any(id.startswith("people.") for id in shown):
+        shown = {id: record for id, record in shown.items() if not re.fullmatch(NOT_ABOUT_PEOPLE, id)}
+    return list(shown.values())
 
 
 @app.command()

@@ -85,7 +85,7 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
             nbformat.write(notebook, temporary)
     if strict and warnings:
         raise RunError(f"{len(warnings)} warnings of notebooks; first: {' '.join(warnings[0].split())}")
-    _write_generated(generated, run)
+    _write_generated(generated, run, root / "book" / "results")
     _write_front(generated, front)
     # pictures of earlier builds have other names; left here they would be published with this one
     shutil.rmtree(root / "_build" / "html", ignore_errors=True)
@@ -207,7 +207,7 @@ def _add_note(notebook: nbformat.NotebookNode, note: str) -> None:
 # the whole book
 
 
-def _write_generated(folder: Path, run: Run) -> None:
+def _write_generated(folder: Path, run: Run, results: Path) -> None:
     """Write the pages that say what this book was built from, and what it found."""
     found = records.read_records(run)
     made = f"Built with `params/{run.name}.yaml` on {runtime.machine()}."
@@ -217,9 +217,16 @@ def _write_generated(folder: Path, run: Run) -> None:
     table = records.table(found.values()) if found else "This run recorded nothing."
     intro = "Every number that this run measured, with its 95% interval where one was computed."
     pages = {"run.md": f"{made}\n{note}", "results.md": f"# All results\n\n{intro} {made}\n{note}\n{table}\n"}
-    intro = "What the paper {cite:p}`zhang2026nonmarkov` claims, in our words, and the verdict of this run's records. "
-    intro += "*Reproduced* means that intervals are apart, *trend only* that the means are in the claimed order."
-    pages["claims.md"] = f"# Claims\n\n{intro} {made}\n{note}\n{_titled(claims.page(found, run.params), 'claims')}"
+    intro = (
+        "What the paper {cite:p}`zhang2026nonmarkov` claims, in our words, and the verdict of records: of this run, "
+    )
+    intro += (
+        "or of a published one that is made for the claim. *Reproduced* means that intervals are apart, *trend only* "
+    )
+    intro += "that the means are in the claimed order."
+    published = {file.stem: records.read_records(file) for file in sorted(results.glob("*.json"))}
+    judged = _titled(claims.page(found, run.params, published), "claims")
+    pages["claims.md"] = f"# Claims\n\n{intro} {made}\n{note}\n{judged}"
     for name, text in pages.items():
         with runtime.atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -9,23 +9,26 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from nmlib import batches, chat, codec, curriculum, data, metrics, rollback, train
-from nmlib.chat import POLICIES, System
+from nmlib.chat import POLICIES, Policy, System
 from nmlib.config import DataConfig
 from nmlib.conversation import Conversation, Edit
 from nmlib.identity import FaceEmbedder
 from nmlib.metrics import Candidates
 from nmlib.personalization import OWN
 from nmlib.records import write_record
+from nmlib.rollback import ConversationBuilder, ExactEditor
 from nmlib.runtime import Run, progress
 from nmlib.sources import Source, attribute_index
 
 BATCH = 64
 PROBE_SEED = 90_000
+BESIDE_THE_FACE = ("background", "shirt")
 
 
 def load_system(run: Run, stage: str, seed: int = 0) -> System:
@@ -50,7 +53,7 @@ def read_sets(run: Run, names: Iterable[str]) -> dict[str, data.ConversationFeat
         return {name: batches.load(run.params, name, run.path("data", name), encode, key) for name in names}
 
 
-class AnswerableEditor(rollback.ExactEditor):
+class AnswerableEditor(ExactEditor):
     """Edits of any state that somebody who saw the conversation can make.
 
     "Remove the hair dye" has no right answer while every picture shows dyed hair: nobody knows the colour. The Markov
@@ -94,7 +97,7 @@ def probe_conversations(
     subjects = source.sample_subjects(count, "heldout", generator)  # (B, S)
     settings = DataConfig(conversations=count, rounds=(rounds,))
     editor = AnswerableEditor(source, "any")
-    builder = rollback.ConversationBuilder(source.attributes, editor, settings, phrasing)
+    builder = ConversationBuilder(source.attributes, editor, settings, phrasing)
     conversations = []
     for index, subject in enumerate(subjects):
         rng = random.Random(f"{seed}.{depth}.{index}")
@@ -205,13 +208,9 @@ def record_column(
     unit: str = "share",
     module: str = "experiments",
 ) -> None:
-    """Record the mean of a column of a table with its interval over conversations, as a module of experiments has it.
-
-    Answers of several trainings to one conversation are no independent ones, so their mean counts.
-    """
+    """Record the mean of a column of a table with its interval over conversations and trainings."""
     seeds = int(part["seed"].nunique()) if "seed" in part else 1
-    values = part[column] if seeds == 1 else part.groupby("conversation")[column].mean()
-    interval = metrics.bootstrap(torch.tensor(values.to_numpy()), run.params.experiments.bootstrap)
+    interval = metrics.column_interval(part, column, run.params.experiments.bootstrap)
     write_record(
         run, id_, interval.value, low=interval.low, high=interval.high, n=interval.n, seeds=seeds, unit=unit,
         minutes=minutes, modules=(module,),
@@ -248,28 +247,60 @@ def record_edits(run: Run, table: pd.DataFrame, minutes: float) -> None:
         record_column(run, f"edit.accuracy.{stage}_trained", part, "accuracy", minutes)
 
 
-def drift_table(run: Run, source: Source, stage: str, embedder: FaceEmbedder) -> pd.DataFrame:
+def drift_table(run: Run, source: Source, stage: str, embedder: FaceEmbedder, seeds: int = 1) -> pd.DataFrame:
     """Long Markov conversations under the four history policies.
 
     Every round is decoded and compared with the exact picture of that round.
 
     Returns:
-        One row for every (policy, conversation, round) with `psnr`, `ssim`, `identity` (similarity of the embedder
-        between the decoded and the exact picture) and `accuracy` (full state).
+        One row for every (seed, policy, conversation, round) with `psnr`, `ssim`, `identity` (similarity of the
+        embedder between the decoded and the exact picture) and `accuracy` (full state).
     """
     settings = run.params.experiments
-    system = load_system(run, stage)
+    told = probe_conversations(source, settings.drift_conversations, settings.drift_rounds, 0)
+    tables = [_drift(load_system(run, stage, seed), source, told, POLICIES, embedder) for seed in range(seeds)]
+    return pd.concat(tables, keys=range(seeds), names=["seed"]).reset_index("seed")
+
+
+def face_drift(
+    run: Run, source: Source, stage: str, embedder: FaceEmbedder, rounds: int = 11, seeds: int = 1
+) -> pd.DataFrame:
+    """The same over edits of portraits that do not touch the face (wall and shirt), tokens kept against re-encoded."""
+    subjects = source.sample_subjects(run.params.experiments.drift_conversations, "heldout", data.step_generator(63, 0))
+    settings = DataConfig(conversations=1, rounds=(rounds,))
+    builder = ConversationBuilder(source.attributes, ExactEditor(source, "any"), settings, "heldout")
+    told = []
+    for index, subject in enumerate(subjects):
+        rng = random.Random(f"face.{index}")
+        conversation = rollback.open_conversation(source, f"face-{index:03d}", subject, rng, split="any")
+        while len(conversation) < rounds:
+            longer = builder.edit(conversation, len(conversation) - 1, rng)
+            edit = longer.rounds[-1].edit
+            conversation = longer if edit is not None and edit.attribute in BESIDE_THE_FACE else conversation
+        told.append(conversation)
+    kept: tuple[Policy, ...] = ("tokens", "reencode")
+    tables = [_drift(load_system(run, stage, seed), source, told, kept, embedder) for seed in range(seeds)]
+    return pd.concat(tables, keys=range(seeds), names=["seed"]).reset_index("seed")
+
+
+def _drift(
+    system: System,
+    source: Source,
+    told: Sequence[Conversation],
+    policies: Sequence[Policy],
+    embedder: FaceEmbedder,
+) -> pd.DataFrame:
+    """Every round of conversations of one length under every policy, compared with the exact pictures."""
     candidates = Candidates(source, system.encode)
-    probes = probe_conversations(source, settings.drift_conversations, settings.drift_rounds, 0)
-    encoded = data.encode_conversations(rollback.with_images(source, probes), system.encode)
+    encoded = data.encode_conversations(rollback.with_images(source, told), system.encode)
     rows: list[dict[str, object]] = []
-    for policy in progress(POLICIES, desc="drift"):
+    for policy in progress(policies, desc="drift"):
         for conversations, features in _batches(encoded):
             history = chat.history_policy(system, policy)
             result = chat.rollout(
                 system.model, system.template, conversations, features, history, recompute=policy == "tokens"
             )
-            for index in range(1, settings.drift_rounds):
+            for index in range(1, len(told[0])):
                 shown = result.predictions[:, index]  # (B, N, D)
                 rows += _drift_rows(system, candidates, embedder, conversations, shown, index, policy)
     return pd.DataFrame(rows)
@@ -304,7 +335,7 @@ def record_drift(run: Run, table: pd.DataFrame, minutes: float) -> None:
     The gain is the difference between `tokens` and `reencode` in each conversation.
     """
     last = int(table["round"].max())
-    wide = table.pivot(index=["round", "conversation"], columns="policy", values=["identity", "psnr"])
+    wide = table.pivot(index=["round", "seed", "conversation"], columns="policy", values=["identity", "psnr"])
     for column, unit in (("psnr", "dB"), ("identity", "cosine")):
         gains = (wide[column]["tokens"] - wide[column]["reencode"]).rename("gain").reset_index()
         for index, part in gains.groupby("round"):
@@ -314,6 +345,16 @@ def record_drift(run: Run, table: pd.DataFrame, minutes: float) -> None:
         if index in (1, 5, 10, last):
             for column, unit in (("psnr", "dB"), ("ssim", ""), ("identity", "cosine"), ("accuracy", "share")):
                 record_column(run, f"drift.{column}.round{index}.{policy}", part, column, minutes, unit)
+
+
+def record_face_drift(run: Run, table: pd.DataFrame, minutes: float) -> None:
+    """Write what identity loses in a round of `face_drift`: the slope of a line through each conversation."""
+    for policy, part in table.groupby("policy"):
+        slopes = [
+            {"seed": seed, "conversation": name, "slope": np.polyfit(cut["round"], cut["identity"], 1)[0]}
+            for (seed, name), cut in part.groupby(["seed", "conversation"])
+        ]
+        record_column(run, f"drift.slope.{policy}", pd.DataFrame(slopes), "slope", minutes, "a round")
 
 
 class Stopwatch:

@@ -100,6 +100,8 @@ def import_set(
     """
     params = run.params
     if name in params.people:
+        if pipeline is not None:
+            raise ReadError(f"{name}: a pipeline makes edits of chains; expected none for people, leave --pipeline out")
         return _import_people(run, name, paths)
     if name not in params.data:
         there = sorted([*params.data, *params.people])

@@ -7,6 +7,7 @@ candidate is what the prediction shows.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -31,7 +32,7 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95% bootstrap interval over n conversations."""
+    """A mean with its 95% bootstrap interval over n conversations, and over trainings where there are several."""
 
     value: float
     low: float
@@ -40,19 +41,37 @@ class Interval:
 
 
 def bootstrap(values: Tensor, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Mean and percentile interval over conversations.
+    """Mean and percentile interval over conversations, and over trainings where there are several.
+
+    Every sample draws conversations anew, the same for all trainings, and trainings anew.
 
     Args:
-        values: (n,) one number for each conversation.
+        values: (n,) one number for each conversation, or (S, n) with a row for each training.
         resamples: bootstrap samples.
         seed: of the resampling.
     """
-    values = values.double().flatten()
+    values = values.double().reshape(-1, values.shape[-1])  # (S, n)
+    trainings, count = values.shape
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)  # (resamples, n)
-    means = values[picks].mean(1)
+    picks = torch.randint(count, (resamples, count), generator=generator)  # (resamples, n)
+    drawn = torch.randint(trainings, (resamples, trainings), generator=generator)  # (resamples, S)
+    means = values[:, picks].mean(2).T.gather(1, drawn).mean(1)  # (resamples,)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(values.mean()), low, high, len(values))
+    return Interval(float(values.mean()), low, high, count)
+
+
+def column_interval(part: pd.DataFrame, column: str, resamples: int = 1000) -> Interval:
+    """Mean of a column with its interval.
+
+    Args:
+        part: a row for each conversation, or for each of (`seed`, `conversation`).
+        column: what is averaged.
+        resamples: bootstrap samples.
+    """
+    if "seed" in part and part["seed"].nunique() > 1:
+        wide = part.pivot_table(index="seed", columns="conversation", values=column, dropna=False)
+        return bootstrap(torch.tensor(wide.to_numpy()), resamples)
+    return bootstrap(torch.tensor(part[column].to_numpy()), resamples)
 
 
 class Candidates:

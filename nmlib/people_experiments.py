@@ -7,15 +7,14 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from nmlib import chat, data, metrics, personalization, prompts, rollback
+from nmlib import chat, data, metrics, personalization, prompts
 from nmlib.chat import System
 from nmlib.compliance import ClipScorer
-from nmlib.config import DataConfig, PeopleConfig
+from nmlib.config import PeopleConfig
 from nmlib.conversation import Conversation, Round
 from nmlib.data import ConversationFeatures
 from nmlib.experiments import load_system, record_column
@@ -23,13 +22,12 @@ from nmlib.identity import FaceEmbedder, copy_paste_score
 from nmlib.metrics import Candidates
 from nmlib.names import names
 from nmlib.people import PeopleSource
-from nmlib.rollback import ConversationBuilder, ExactEditor
 from nmlib.runtime import Run, progress
 
-STAGES = ("portrait", "stage1", "stage12", "stage123")  # the base of the curriculum, and after each of its stages
+# what stands for SEED-X, the base of the curriculum, and the model after each of its stages
+STAGES = ("base", "portrait", "stage1", "stage12", "stage123")
 ABLATIONS = ("skip1", "skip2", "skip3", "reversed", "joint", "paired")  # as many steps in another order, or mixed
 DELAY, BATCH = 3, 64
-BESIDE_THE_FACE = ("background", "shirt")
 LOOK_ALIKE = 0.9  # distance of the identity numbers; two people drawn by chance are about 2.8 apart
 
 
@@ -75,50 +73,6 @@ def pictures_after(run: Run, stages: Sequence[str], told: Sequence[Conversation]
         system = load_system(run, stage)
         shown[stage] = list(system.decode(answer(system, _encode(system, source, told))[0]))
     return shown
-
-
-def face_drift(run: Run, stage: str, embedder: FaceEmbedder, rounds: int = 11) -> pd.DataFrame:
-    """Identity over edits that do not touch the face (wall and shirt), tokens kept against re-encoded.
-
-    Returns:
-        One row for every (policy, conversation, round) with `identity`, the similarity to the exact picture.
-    """
-    source, system = data.open_source(run.params.source), load_system(run, stage)
-    subjects = source.sample_subjects(run.params.experiments.drift_conversations, "heldout", data.step_generator(63, 0))
-    settings = DataConfig(conversations=1, rounds=(rounds,))
-    builder = ConversationBuilder(source.attributes, ExactEditor(source, "any"), settings, "heldout")
-    told = []
-    for index, subject in enumerate(subjects):
-        rng = random.Random(f"face.{index}")
-        conversation = rollback.open_conversation(source, f"face-{index:03d}", subject, rng, split="any")
-        while len(conversation) < rounds:
-            longer = builder.edit(conversation, len(conversation) - 1, rng)
-            edit = longer.rounds[-1].edit
-            conversation = longer if edit is not None and edit.attribute in BESIDE_THE_FACE else conversation
-        told.append(conversation)
-    encoded = data.encode_conversations(rollback.with_images(source, told), system.encode)
-    conversations, true = encoded.take(range(len(told)))
-    rows = []
-    for policy in ("tokens", "reencode"):
-        result = chat.rollout(system.model, system.template, conversations, true, chat.history_policy(system, policy))
-        for index in range(1, rounds):
-            truth = torch.stack([c.images[index] for c in conversations if c.images is not None]).float() / 255
-            alike = (embedder(system.decode(result.predictions[:, index])) * embedder(truth)).sum(1)  # (B,)
-            rows += [
-                {"policy": policy, "conversation": c.id, "round": index, "identity": float(alike[i])}
-                for i, c in enumerate(conversations)
-            ]
-    return pd.DataFrame(rows)
-
-
-def record_face_drift(run: Run, table: pd.DataFrame, minutes: float) -> None:
-    """Write the slope of identity per round for both policies, over conversations."""
-    for policy, part in table.groupby("policy"):
-        told = [cut for _, cut in part.groupby("conversation")]
-        slopes = [{"slope": float(np.polyfit(cut["round"], cut["identity"], 1)[0])} for cut in told]
-        record_column(
-            run, f"people.slope.{policy}", pd.DataFrame(slopes), "slope", minutes, "a round", "people_experiments"
-        )
 
 
 def _state(item: Round) -> tuple[tuple[float, ...], tuple[int, ...]]:

@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 import pandas as pd
-import torch
 from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from nmlib.conversation import to_picture
-from nmlib.metrics import bootstrap
+from nmlib.metrics import column_interval
 from nmlib.runtime import Run, atomic_path
 
 Picture = Tensor | Image.Image
@@ -167,7 +166,7 @@ def _bound(axes: Axes, values: pd.Series) -> None:
 
 def _means(part: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Positions, means and 95% bootstrap intervals of a column by another."""
-    found = [(key, bootstrap(torch.tensor(group[y].to_numpy()), 400)) for key, group in part.groupby(x)]
+    found = [(key, column_interval(group, y, 400)) for key, group in part.groupby(x)]
     places = np.array([float(key) for key, _ in found])
     mean, low, high = (np.array([getattr(item, name) for _, item in found]) for name in ("value", "low", "high"))
     return places, mean, low, high
@@ -261,10 +260,7 @@ def bars(
     wide = 0.8 / len(names)
     for number, name in enumerate(names):
         part = table[table[by] == name] if by else table
-        found = [
-            bootstrap(torch.tensor(part[part[x] == g][y].to_numpy()), 400) if (part[x] == g).any() else None
-            for g in groups
-        ]
+        found = [column_interval(part[part[x] == g], y, 400) if (part[x] == g).any() else None for g in groups]
         places = [place + wide * (number - (len(names) - 1) / 2) for place, item in enumerate(found) if item]
         kept = [item for item in found if item]
         error = np.clip([[i.value - i.low for i in kept], [i.high - i.value for i in kept]], 0, None)
@@ -297,7 +293,7 @@ def frontier(table: pd.DataFrame, lines: Mapping[str, float]) -> Figure:
     palette, points = colours(list(table["stage"].unique())), {}
     for stage, colour in palette.items():
         part = table[table["stage"] == stage]
-        x, y = (bootstrap(torch.tensor(part[name].to_numpy()), 400) for name in ("compliance", "identity"))
+        x, y = (column_interval(part, name, 400) for name in ("compliance", "identity"))
         spread = [[[p.value - p.low], [p.high - p.value]] for p in (x, y)]
         axes.errorbar(x.value, y.value, xerr=spread[0], yerr=spread[1], fmt="o", color=colour, capsize=2)
         points[stage] = (x.value, y.value)

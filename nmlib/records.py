@@ -219,8 +219,35 @@ def _minutes(record: Record) -> str:
     return "" if record.minutes is None else f"{record.minutes:.1f}"
 
 
-def write_tables(readme: str | Path, records: Mapping[str, Iterable[Record]]) -> None:
-    """Put tables of records, one for each params file, between the results markers of a README.
+def side_by_side(records: Mapping[str, Iterable[Record]], pattern: str) -> str:
+    """The same results of several runs in one table, a column for each.
+
+    Args:
+        records: by the name of their params file.
+        pattern: regular expression of the ids to show; a run that has none of them is left out.
+    """
+    runs = {name: {r.id: r for r in rows if re.fullmatch(pattern, r.id)} for name, rows in records.items()}
+    runs = {name: found for name, found in runs.items() if found}
+    head = ["| result | " + " | ".join(f"`{name}`" for name in runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    body = []
+    for id_ in dict.fromkeys(id_ for found in runs.values() for id_ in found):
+        shown = [_with_interval(found[id_]) if id_ in found else "" for found in runs.values()]
+        body.append(f"| `{id_}` | {' | '.join(shown)} |")
+    return "\n".join([*head, *body])
+
+
+def _with_interval(record: Record) -> str:
+    span = _interval(record)
+    return _show(record.value) + (f" ({span})" if span else "")
+
+
+def write_tables(readme: str | Path, records: Mapping[str, Iterable[Record]], first: str) -> None:
+    """Put tables of records between the results markers of a README: some results side by side, all of each run folded.
+
+    Args:
+        readme: the file.
+        records: of published runs, by the name of their params file.
+        first: regular expression of the ids that are shown side by side.
 
     Raises:
         RunError: the file lacks a marker.
@@ -231,6 +258,12 @@ def write_tables(readme: str | Path, records: Mapping[str, Iterable[Record]]) ->
     _, end, after = rest.partition(END)
     if not start or not end:
         raise RunError(f"{path}: markers {START} and {END} not found; add both, the table goes between them")
-    tables = "\n\n".join(f"**`params/{name}.yaml`**\n\n{table(rows)}" for name, rows in records.items())
+    runs = {name: list(rows) for name, rows in records.items()}
+    folded = [
+        f"<details><summary><code>params/{name}.yaml</code>: {len(rows)} results</summary>"
+        f"\n\n{table(rows)}\n\n</details>"
+        for name, rows in runs.items()
+    ]
+    tables = "\n\n".join([side_by_side(runs, first), *folded])
     with runtime.atomic_path(path) as temporary:
         temporary.write_text(f"{before}{START}\n\n{tables}\n\n{END}{after}", encoding="utf-8")

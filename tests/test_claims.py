@@ -7,7 +7,7 @@ from nmlib import claims, config
 from nmlib.records import Record
 from nmlib.runtime import RunError
 
-PARAMS = config.load(SMOKE).model_copy(update={"meaningful": True})
+PARAMS = config.load(SMOKE).model_copy(update={"meaningful": True, "name": "mine"})
 
 
 def record(id_: str, value: float, spread: float = 0.05) -> Record:
@@ -30,7 +30,7 @@ def test_a_changed_record_changes_its_verdict() -> None:
     id_ = "drift.identity_gain.round10"
     place = [id_ in claim.ids for claim in claims.CLAIMS].index(True)
     for value, verdict in ((0.06, "reproduced"), (0.04, "trend only"), (-0.01, "not reproduced")):
-        page = claims.page(found | {id_: record(id_, value)}, PARAMS)
+        page = claims.page(found | {id_: record(id_, value)}, PARAMS, {})
         assert verdicts(page)[place] == verdict and f"`{id_}` {value:.2f}" in page
 
 
@@ -42,7 +42,7 @@ def test_a_bad_model_has_no_shortcut(edits: float, trained: float, verdict: str)
     found = everything()
     changed = {"edit.accuracy.markov_trained": edits, "rollback.accuracy.depth1.markov_trained": trained}
     found |= {id_: record(id_, value) for id_, value in changed.items()}
-    assert verdicts(claims.page(found, PARAMS))[0] == verdict
+    assert verdicts(claims.page(found, PARAMS, {}))[0] == verdict
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_going_farther_is_more_than_beating_no_history(changed: dict[str, float]
     }  # fmt: skip
     given = {f"rollback.{id_}": value for id_, value in (start | changed).items()}
     found = everything() | {id_: record(id_, value) for id_, value in given.items()}
-    assert verdicts(claims.page(found, PARAMS))[2] == verdict
+    assert verdicts(claims.page(found, PARAMS, {}))[2] == verdict
 
 
 def test_params_that_mean_nothing_get_no_verdict() -> None:
-    page = claims.page(everything(), PARAMS.model_copy(update={"meaningful": False}))
+    page = claims.page(everything(), PARAMS.model_copy(update={"meaningful": False}), {})
     assert set(verdicts(page)) == {"not measured at this size", "not tested"}
-    assert "0.50" not in page and "`params/smoke.yaml` is too small to judge `rollback.accuracy.depth1" in page
+    assert "0.50" not in page and "`params/mine.yaml` is too small to judge `rollback.accuracy.depth1" in page
 
 
 @pytest.mark.parametrize("id_", sorted(everything()))
@@ -76,10 +76,34 @@ def test_a_missing_record_fails_the_build(id_: str) -> None:
     found = everything()
     del found[id_]
     with pytest.raises(RunError, match=f"claims: record {id_!r} is missing"):
-        claims.page(found, PARAMS)
+        claims.page(found, PARAMS, {})
 
 
 def test_claims_about_people_are_untested_without_people() -> None:
     people = [claim.about == "people" for claim in claims.CLAIMS]
-    page = claims.page(everything(), PARAMS.model_copy(update={"people": {}}))
-    assert [verdict == "not tested" for verdict in verdicts(page)[:7]] == people[:7] and any(people)
+    page = claims.page(everything(), PARAMS.model_copy(update={"people": {}}), {})
+    judged = [bool(claim.ids) for claim in claims.CLAIMS]
+    untested = [verdict == "not tested" for verdict in verdicts(page)]
+    assert untested == [is_people or not has for is_people, has in zip(people, judged, strict=True)] and any(people)
+
+
+def test_a_published_run_made_for_a_claim_judges_it_in_the_books_of_others() -> None:
+    place = [claim.sizes == ("people",) for claim in claims.CLAIMS].index(True)
+    id_ = claims.CLAIMS[place].ids[0]  # of stage 3, whose verdict is that it lies above the base
+    published = {"people": everything() | {id_: record(id_, 0.91)}}
+    for name, value, where in (("cpu", 0.91, "Published run of `params/people.yaml`: "), ("people", 0.5, "")):
+        params = PARAMS.model_copy(update={"name": name, "meaningful": name != "cpu"})
+        row = claims.page(everything(), params, published).splitlines()[2 + place]
+        assert f"| {where}`{id_}` {value:.2f}" in row
+        assert ("**reproduced**" in row) == (value > 0.6)
+    del published["people"][id_]
+    with pytest.raises(RunError, match=f"claims: record '{id_}' is missing; publish it from a run of `people`"):
+        claims.page(everything(), PARAMS, published)
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(0.1, "reproduced"), (0.16, "not reproduced")])
+def test_a_face_is_unrecognisable_below_the_bound_of_the_paper(value: float, verdict: str) -> None:
+    id_ = "drift.identity.round5.reencode"
+    place = [id_ in claim.ids for claim in claims.CLAIMS].index(True)
+    page = claims.page(everything() | {id_: record(id_, value)}, PARAMS, {})
+    assert verdicts(page)[place] == verdict, "the interval has to end below 0.2"

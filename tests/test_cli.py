@@ -121,6 +121,12 @@ def test_results(call: Any, project_root: Path) -> None:
     readme = (project_root / "README.md").read_text()
     assert "| `edit.accuracy.tiny_trained` | 0.500 |" in readme
     assert "tiny.one" not in readme, "the README shows headline results only"
+    write_record(run, "people.identity.tiny", 0.25, n=3, modules=["runtime"])
+    assert call("results", "--params", "tiny", "--publish", "--write-readme")[0] == 0
+    readme = (project_root / "README.md").read_text()
+    assert "| `people.identity.tiny` | 0.250 |" in readme
+    assert "edit.accuracy" not in readme, "of a run on people the README shows those alone"
+    (run.folder / "records" / "people.identity.tiny.json").unlink()
     path = project_root / "params" / "tiny.yaml"
     path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
     code, _, err = call("results", "--params", "tiny")

@@ -166,7 +166,7 @@ def test_edit_table_and_its_records(run: Run) -> None:
 def test_drift_table_and_its_records(run: Run, trained: Trained) -> None:
     embedder = FaceEmbedder(trained.run.path("identity.onnx"))
     table = experiments.drift_table(run, SOURCE, "rollback", embedder)
-    assert list(table) == ["policy", "conversation", "round", "psnr", "ssim", "identity", "accuracy"]
+    assert list(table) == ["seed", "policy", "conversation", "round", "psnr", "ssim", "identity", "accuracy"]
     assert table.groupby(["policy", "round"]).size().to_dict() == {
         (policy, index): 3 for policy in chat.POLICIES for index in (1, 2, 3)
     }

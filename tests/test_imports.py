@@ -346,6 +346,8 @@ def test_clips_are_refused_with_a_reason(tmp_path: Path) -> None:
     assert text == "named: 2 folders of clips; expected one, so that no person is in it twice"
     text = raised(lambda: import_set(run, "weighed", [clips]), ReadError)
     assert text == "weighed: face_weight 2 needs a world that knows its faces; set it to 1"
+    text = raised(lambda: import_set(run, "named", [clips], pipeline=tmp_path), ReadError)
+    assert text == "named: a pipeline makes edits of chains; expected none for people, leave --pipeline out"
     assert "expected 1 or more" in raised(lambda: import_set(run, "named", [clips]), ConversationError)
 
 

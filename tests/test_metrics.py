@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,6 +65,22 @@ def test_bootstrap_of_constants_and_of_coins() -> None:
     assert interval.value == 0.25
     assert (interval.low, interval.high) == pytest.approx((0.25 - half, 0.25 + half), abs=0.1 * half)
     assert metrics.bootstrap(coins, seed=0) == metrics.bootstrap(coins, seed=0) != metrics.bootstrap(coins, seed=1)
+
+
+def test_intervals_over_trainings_are_as_wide_as_trainings_differ() -> None:
+    rows = [
+        {"seed": seed, "conversation": f"c{index:03d}", "right": float(seed == 1)}
+        for seed in range(2)
+        for index in range(101)
+    ]
+    table = pd.DataFrame(rows)
+    one = metrics.column_interval(table[table["seed"] == 1], "right")
+    assert (one.value, one.low, one.high, one.n) == (1.0, 1.0, 1.0, 101)
+    both = metrics.column_interval(table.sample(frac=1.0, random_state=3), "right")
+    assert (both.value, both.low, both.high, both.n) == (0.5, 0.0, 1.0, 101), "a seed alone says nothing of the next"
+    same = torch.rand(23)
+    alone, twice = metrics.bootstrap(same), metrics.bootstrap(torch.stack([same, same]))
+    assert (twice.low, twice.high) == pytest.approx((alone.low, alone.high)), "equal trainings add no width"
 
 
 # ---------------------------------------------------------------------------------------------------------

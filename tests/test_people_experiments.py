@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from toy import SETTINGS, open_run, trained_on_people
 
-from nmlib import batches, experiments, people_experiments, personalization
+from nmlib import batches, data, experiments, people_experiments, personalization
+from nmlib.conversation import Conversation
 from nmlib.identity import FaceEmbedder
 from nmlib.metrics import Candidates, pixel_rows
 from nmlib.names import names
@@ -50,15 +51,28 @@ def test_every_table_runs_to_its_records(run: Run) -> None:
     people_experiments.record_personal(run, table, 0.1)
     picks = people_experiments.names_table(run, "joint", people=(2,), delays=(1, 3))
     people_experiments.record_names(run, picks, 0.1)
-    drift = people_experiments.face_drift(run, "joint", embedder, rounds=4)
-    people_experiments.record_face_drift(run, drift, 0.1)
     assert len(table) == 2 * run.params.experiments.conversations and table["compliance"].between(0, 1).all()
     assert sorted(picks["control"].unique()) == ["none", "renamed", "shuffled"]
-    assert len(drift) == 2 * 3 * run.params.experiments.drift_conversations
     found = set(read_records(run))
-    assert {"people.identity.joint", "people.identity.ceiling", "people.identity.floor", "people.slope.tokens"} <= found
+    assert {"people.identity.joint", "people.identity.ceiling", "people.identity.floor"} <= found
     assert {"names.accuracy.people2.delay3", "names.accuracy.people2.delay3.shuffled"} <= found
     assert "people.clip.joint" not in found, "nothing scored the words"
+
+
+def test_face_drift_edits_wall_and_shirt_alone_and_records_slopes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Conversation] = []
+    drift = experiments._drift
+    monkeypatch.setattr(experiments, "_drift", lambda *rest: told.extend(rest[2]) or drift(*rest))
+    embedder = FaceEmbedder(run.path("identity.onnx"))
+    table = experiments.face_drift(run, data.open_source(run.params.source), "joint", embedder, rounds=5)
+    edited = {item.edit.attribute for talk in told for item in talk.rounds if item.edit is not None}
+    assert edited == set(experiments.BESIDE_THE_FACE) and {len(talk) for talk in told} == {5}
+    assert len(table) == 2 * 4 * run.params.experiments.drift_conversations
+    experiments.record_face_drift(run, table, minutes=0.5)
+    one = table[table["policy"] == "tokens"]
+    by_round = one.groupby("round")["identity"].mean()  # the mean of slopes is the slope of means
+    slope = sum((x - 2.5) * by_round[x] for x in range(1, 5)) / 5
+    assert read_records(run)["drift.slope.tokens"].value == pytest.approx(slope)
 
 
 def test_a_stage_draws_from_all_sets_of_its_mix_and_weighs_faces(run: Run) -> None:

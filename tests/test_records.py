@@ -108,10 +108,13 @@ def test_table_goes_between_the_markers(run: Run, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"# A\n{records.START}\nold\n{records.END}\nrest\n", encoding="utf-8")
     for _ in range(2):
-        records.write_tables(readme, {"tiny": rows, "big": rows[:1]})
+        records.write_tables(readme, {"tiny": rows, "big": rows[:1]}, r"rollback\..*")
     text = readme.read_text(encoding="utf-8")
     assert "| `rollback.accuracy.depth1` | 0.500 | 0.400 to 0.600 | 10 | 1 | share |  |" in text
     assert "| `detokenizer.psnr` | 25.1 |  | 10 | 1 | dB |  |" in text
+    both = "0.500 (0.400 to 0.600)"
+    side = f"| result | `tiny` | `big` |\n|---|---|---|\n| `rollback.accuracy.depth1` | {both} | {both} |\n\n"
+    assert side in text and "<summary><code>params/big.yaml</code>: 1 results</summary>" in text
     assert "old" not in text
     assert text.index("params/tiny.yaml") < text.index("params/big.yaml")
     assert text.startswith("# A\n")
@@ -121,7 +124,7 @@ def test_table_goes_between_the_markers(run: Run, tmp_path: Path) -> None:
 def test_readme_without_markers(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# A\n")
     with pytest.raises(RunError, match=r"README\.md: markers .* not found"):
-        records.write_tables(tmp_path / "README.md", {})
+        records.write_tables(tmp_path / "README.md", {}, "")
 
 
 def test_the_readme_has_the_markers() -> None:
