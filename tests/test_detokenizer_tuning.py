@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_people_experiments import CHANGES
-from toy import Trained, open_run, raised, trained_on_people
+from toy import Trained, open_run, raised, trained_anew
 
 from nmlib import checkpoint, data, detokenizer_tuning, experiments, personalization
 from nmlib.config import ParamsError
@@ -24,7 +24,7 @@ SIZES = CHANGES | {"stages": CHANGES["stages"][:2], "tuning": TUNING}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of people in which everything was trained for a few steps."""
-    made = trained_on_people(tmp_path_factory.mktemp("tuning"), ("portraits", "base"), **SIZES)
+    made = trained_anew(tmp_path_factory.mktemp("tuning"), ("portraits", "base"), **SIZES)
     detokenizer_tuning.train_faces(made)
     detokenizer_tuning.train_predicted(made)
     return made

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from toy import SETTINGS, SOURCE, Trained, open_run
+from toy import SETTINGS, SOURCE, Trained, open_run, trained_anew
 
-from nmlib import chat, experiments, metrics, phrases, rollback
+from nmlib import chat, data, experiments, metrics, phrases, rollback
 from nmlib.checkpoint import CheckpointError
 from nmlib.conversation import Conversation
 from nmlib.experiments import Stopwatch, probe_conversations
@@ -185,6 +185,17 @@ def test_drift_table_and_its_records(run: Run, trained: Trained) -> None:
     last = table[table["round"] == 3].groupby("policy")["identity"].mean()
     assert found["drift.identity.round3.oracle"] == pytest.approx(last["oracle"])
     assert read_records(run)["drift.psnr.round1.tokens"].unit == "dB"
+
+
+def test_photographs_go_the_same_way(tmp_path: Path) -> None:
+    run = trained_anew(tmp_path, ("base", "rollback"), source={"kind": "photos", "image_size": 16})
+    source = data.open_source(run.params.source)
+    experiments.record_rollback(run, experiments.rollback_table(run, source, ["rollback"]), minutes=0.1)
+    embedder = FaceEmbedder(run.path("identity.onnx"))
+    experiments.record_drift(run, experiments.drift_table(run, source, "rollback", embedder), minutes=0.1)
+    found = values(run)
+    ceiling = found["rollback.accuracy.depth1.ceiling"]
+    assert 0 < ceiling < 1 and {"rollback.accuracy.depth2.rollback_trained", "drift.psnr_gain.round3"} <= set(found)
 
 
 def test_repeats_over_seeds_are_counted(run: Run) -> None:

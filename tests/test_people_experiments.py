@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy import SETTINGS, open_run, trained_on_people
+from toy import SETTINGS, open_run, trained_anew
 
 from nmlib import batches, data, experiments, people_experiments, personalization
 from nmlib.conversation import Conversation
@@ -42,7 +42,7 @@ NAMES = ("portraits", "same", "masked", "paired", "base")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run in which every data set is built and every stage is trained for a few steps."""
-    return trained_on_people(tmp_path_factory.mktemp("people"), NAMES, **CHANGES)
+    return trained_anew(tmp_path_factory.mktemp("people"), NAMES, **CHANGES)
 
 
 def test_every_table_runs_to_its_records(run: Run) -> None:

@@ -228,8 +228,8 @@ def open_run(folder: Path, **changes: Any) -> Run:
     return Run.open(path, folder / "run")
 
 
-def trained_on_people(folder: Path, names: Sequence[str], **changes: Any) -> Run:
-    """A run of people in which the named data sets are built and everything is trained for a few steps."""
+def trained_anew(folder: Path, names: Sequence[str], **changes: Any) -> Run:
+    """A run in which the named data sets are built and everything is trained for a few steps."""
     made = open_run(folder, **changes)
     source = data.open_source(made.params.source)
     codec.train_encoder(made, source)
