@@ -166,7 +166,8 @@ CLAIMS = (
         "experiment 3",
         ("people.identity.stage123", "people.identity.portrait", "people.identity.ceiling"),
         lambda found: above(found["people.identity.stage123"], found["people.identity.portrait"]),
-        "Another embedder and another world: only the order can be compared, not the numbers.",
+        "Another embedder and another world: only the order can be compared, not the numbers. The base meant here, "
+        "`portrait`, has practised other views; `base`, which has not, collapses as the paper's does ({doc}`../log`).",
         ("people",),
         "people",
     ),
