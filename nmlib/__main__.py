@@ -328,20 +328,22 @@ def import_data(
     max_rejected: Annotated[float, typer.Option(min=0, max=1, help="Share of bad rows that is accepted.")] = 0.05,
     password: Annotated[str | None, typer.Option(help="Of a zip file.")] = None,
     pipeline: Annotated[
-        Path | None, typer.Option(help="Folder of a diffusers pipeline that makes new edits after a rollback.")
+        Path | None,
+        typer.Option(help="Folder of a diffusers pipeline: new edits, or whole bodies of faces."),
     ] = None,
 ) -> None:
     """Make data sets on disk into one of a params file: chains of edits, with rollbacks where it asks for them."""
     from nmlib.archives import ArchiveError
     from nmlib.conversation import ConversationError
     from nmlib.full_body import FullBodyError
+    from nmlib.identity import IdentityError
     from nmlib.imports import import_set
     from nmlib.readers import ReadError
 
     opened = Project.find().open(params)
     try:
         found = import_set(opened, name, paths, max_rejected=max_rejected, password=password, pipeline=pipeline)
-    except (ReadError, ArchiveError, ConversationError, FullBodyError) as error:
+    except (ReadError, ArchiveError, ConversationError, FullBodyError, IdentityError) as error:
         raise RunError(str(error)) from None
     typer.echo("\n".join(found.lines()))
 

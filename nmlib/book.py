@@ -207,6 +207,12 @@ def _add_note(notebook: nbformat.NotebookNode, note: str) -> None:
 # the whole book
 
 
+_CLAIMS = """\
+What the paper {cite:p}`zhang2026nonmarkov` claims, in our words, and the verdict of records: of this run, or of a
+published one that is made for the claim. *Reproduced* means that intervals are apart, *trend only* that the means are
+in the claimed order."""
+
+
 def _write_generated(folder: Path, run: Run, results: Path) -> None:
     """Write the pages that say what this book was built from, and what it found."""
     found = records.read_records(run)
@@ -217,16 +223,9 @@ def _write_generated(folder: Path, run: Run, results: Path) -> None:
     table = records.table(found.values()) if found else "This run recorded nothing."
     intro = "Every number that this run measured, with its 95% interval where one was computed."
     pages = {"run.md": f"{made}\n{note}", "results.md": f"# All results\n\n{intro} {made}\n{note}\n{table}\n"}
-    intro = (
-        "What the paper {cite:p}`zhang2026nonmarkov` claims, in our words, and the verdict of records: of this run, "
-    )
-    intro += (
-        "or of a published one that is made for the claim. *Reproduced* means that intervals are apart, *trend only* "
-    )
-    intro += "that the means are in the claimed order."
     published = {file.stem: records.read_records(file) for file in sorted(results.glob("*.json"))}
     judged = _titled(claims.page(found, run.params, published), "claims")
-    pages["claims.md"] = f"# Claims\n\n{intro} {made}\n{note}\n{judged}"
+    pages["claims.md"] = f"# Claims\n\n{_CLAIMS} {made}\n{'' if published else note}\n{judged}"
     for name, text in pages.items():
         with runtime.atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

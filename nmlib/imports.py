@@ -14,11 +14,12 @@ from pathlib import Path
 
 from nmlib import personalization
 from nmlib.chains import Painter, longest_chain, with_rollbacks
-from nmlib.config import DataConfig, Params
+from nmlib.config import DataConfig, FullBodyConfig, Params
 from nmlib.conversation import Conversation
 from nmlib.face_sets import HDTF, VFHQ, CelebV
+from nmlib.faces import DlibEmbedder, FaceDetector
 from nmlib.folder_clips import FolderClips
-from nmlib.full_body import open_pipeline
+from nmlib.full_body import DiffusionEditor, FullBodyError, open_pipeline, with_full_bodies
 from nmlib.inspection import Markov, StoredConversations, recognise
 from nmlib.readers import Reader, ReadError, Rows
 from nmlib.runtime import Run, progress, write_json
@@ -90,7 +91,8 @@ def import_set(
         paths: folders of data sets, read one after the other; of face clips one.
         max_rejected: share of bad rows above which reading stops.
         password: of a zip file.
-        pipeline: folder of a diffusers pipeline that makes new edits after a rollback.
+        pipeline: folder of a diffusers pipeline: it makes new edits after a rollback, and of clips of faces the whole
+            bodies that `full_body_share` asks for.
 
     Raises:
         ReadError: no such data set in the params file; nothing readable or trainable in a folder; too many bad rows;
@@ -100,9 +102,7 @@ def import_set(
     """
     params = run.params
     if name in params.people:
-        if pipeline is not None:
-            raise ReadError(f"{name}: a pipeline makes edits of chains; expected none for people, leave --pipeline out")
-        return _import_people(run, name, paths)
+        return _import_people(run, name, paths, pipeline)
     if name not in params.data:
         there = sorted([*params.data, *params.people])
         raise ReadError(f"{params.name}: no data set {name!r}; `data:` and `people:` define {there}")
@@ -131,8 +131,8 @@ def import_set(
     return found
 
 
-def _import_people(run: Run, name: str, paths: Sequence[Path]) -> Imported:
-    """Conversations by name about the people of a folder of clips, a few at a time."""
+def _import_people(run: Run, name: str, paths: Sequence[Path], pipeline: Path | None) -> Imported:
+    """Conversations by name about the people of a folder of clips, a few at a time; what became of bodies beside it."""
     params, found, folder = run.params, Imported(), run.path("data", name)
     settings = params.people[name]
     if len(paths) != 1:
@@ -140,17 +140,39 @@ def _import_people(run: Run, name: str, paths: Sequence[Path]) -> Imported:
     if settings.face_weight != 1:
         raise ReadError(f"{name}: face_weight {settings.face_weight:g} needs a world that knows its faces; set it to 1")
     source = FolderClips(paths[0], picture_size(params))
+    editor = None if pipeline is None else _body_editor(pipeline)
     with writing(folder) as add, writing(folder / HELDOUT) as hold_out:
         for number in progress(range(settings.conversations), desc=f"import {name}"):
             split = "train" if number % HELDOUT_ONE_IN else HELDOUT
             one = settings.model_copy(update={"conversations": 1})
             seed = params.seed * 1_000_003 + number
             (told,) = personalization.build_conversations(source, one, seed=seed, split=split)
+            if editor is not None:
+                told = _with_body(told, editor, settings.full_body_share, seed, split, found)
             (add if split == "train" else hold_out)(replace(told, id=f"{name}-{number:06d}").validate())
             found.kept, found.heldout = found.kept + 1, found.heldout + (split == HELDOUT)
             found.after.add(told)
+    if editor is not None:
+        editor.save(folder / "bodies.json")
     write_json(folder / "import.json", asdict(found))
     return found
+
+
+def _with_body(
+    told: Conversation, editor: DiffusionEditor, share: float, seed: int, split: str, found: Imported
+) -> Conversation:
+    """A conversation with whole bodies; where the face that is given cannot be found it stays as it is, and counts."""
+    try:
+        return with_full_bodies([told], editor, share, seed, split)[0]
+    except FullBodyError:
+        reason = "whole body of a picture without exactly one face"
+        found.rejected[reason] = found.rejected.get(reason, 0) + 1
+        return told
+
+
+def _body_editor(pipeline: Path) -> DiffusionEditor:
+    """Makes whole bodies of faces, and keeps those that dlib's network takes for the same person."""
+    return DiffusionEditor(open_pipeline(pipeline), FaceDetector(), DlibEmbedder(), FullBodyConfig())
 
 
 def _trainable(path: Path, size: int | None, password: str | None) -> list[Rows[Conversation]]:

@@ -22,14 +22,17 @@ from layouts import (
 from PIL import Image, ImageOps
 from test_archives import write_zip
 from test_cli import call  # noqa: F401
+from test_full_body import editor, marked
 from toy import conversations, open_run, raised
 
+from nmlib import imports
 from nmlib.chains import ChainEditor, Painter, clause, longest_chain, with_rollbacks
 from nmlib.config import DataConfig
 from nmlib.conversation import Conversation, ConversationError, Round
+from nmlib.full_body import FullBodyError
 from nmlib.imports import HELDOUT, import_set, is_heldout
 from nmlib.readers import ReadError
-from nmlib.runtime import Run
+from nmlib.runtime import Run, read_json
 from nmlib.storage import load_conversations, load_json, save_conversations
 from nmlib.stored_sets import CHUNK, StoredSet, writing
 
@@ -339,6 +342,29 @@ def test_clips_become_conversations_by_name(tmp_path: Path) -> None:
     assert "Markov" not in "\n".join(found.lines())
 
 
+def test_clips_get_whole_bodies_from_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recalls show what the pipeline made and a judge let pass; a clip in which no face is found is counted."""
+    settings = PEOPLE | {"full_body_share": 1.0, "conversations": 23}
+    run = open_run(tmp_path, data=DATA, people={"named": settings}, stages=[])
+    clips = write_clips(tmp_path / "clips")
+    for person in range(0, 24, 3):
+        for frame in (clips / f"person {person}").iterdir():  # first pixel: number of faces, height of each
+            marked((0, 80 * int(frame.stem), 7), faces=0, side=16).save(frame)
+    for person in [number for number in range(24) if number % 3]:
+        for frame in (clips / f"person {person}").iterdir():
+            marked((200, 10 * int(frame.stem), 0), side=16).save(frame)
+    made, pipeline = editor(marked((210, 9, 0)))
+    monkeypatch.setattr(imports, "_body_editor", lambda folder: made)
+    found = import_set(run, "named", [clips], pipeline=tmp_path)
+    told = [c for part in ((), (HELDOUT,)) for c in load_conversations(run.path("data", "named", *part))]
+    bodies = [(c, index) for c in told for index, item in enumerate(c.rounds) if item.named == ("framing",)]
+    assert len(bodies) == made.counts["kept"] == len(pipeline.asked) > 0
+    assert all(c.images is not None and int(c.images[index, 0].float().median()) == 210 for c, index in bodies)
+    without = found.rejected["whole body of a picture without exactly one face"]
+    assert 0 < without < 23 and found.kept == 23
+    assert read_json(run.path("data", "named", "bodies.json"))["counts"] == {"kept": len(bodies)}
+
+
 def test_clips_are_refused_with_a_reason(tmp_path: Path) -> None:
     clips = write_clips(tmp_path / "clips", 2)
     run = open_run(tmp_path, data=DATA, people={"named": PEOPLE, "weighed": PEOPLE | {"face_weight": 2.0}}, stages=[])
@@ -346,8 +372,8 @@ def test_clips_are_refused_with_a_reason(tmp_path: Path) -> None:
     assert text == "named: 2 folders of clips; expected one, so that no person is in it twice"
     text = raised(lambda: import_set(run, "weighed", [clips]), ReadError)
     assert text == "weighed: face_weight 2 needs a world that knows its faces; set it to 1"
-    text = raised(lambda: import_set(run, "named", [clips], pipeline=tmp_path), ReadError)
-    assert text == "named: a pipeline makes edits of chains; expected none for people, leave --pipeline out"
+    text = raised(lambda: import_set(run, "named", [clips], pipeline=tmp_path), FullBodyError)
+    assert text == f"{tmp_path}: no pipeline here (no model_index.json); give a folder that diffusers saved"
     assert "expected 1 or more" in raised(lambda: import_set(run, "named", [clips]), ConversationError)
 
 
