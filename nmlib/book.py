@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,8 @@ def _add_note(notebook: nbformat.NotebookNode, note: str) -> None:
 # the whole book
 
 
+_RESULTS = """\
+Every number that this run measured, with its 95% interval where one was computed; those of published runs follow."""
 _CLAIMS = """\
 What the paper {cite:p}`zhang2026nonmarkov` claims, in our words, and the verdict of records: of this run, or of a
 published one that is made for the claim. *Reproduced* means that intervals are apart, *trend only* that the means are
@@ -214,24 +217,34 @@ in the claimed order."""
 
 
 def _write_generated(folder: Path, run: Run, results: Path) -> None:
-    """Write the pages that say what this book was built from, and what it found."""
+    """Write the pages that say what this book was built from, and what it and the published runs found."""
     found = records.read_records(run)
+    published = {file.stem: records.read_records(file) for file in sorted(results.glob("*.json"))}
     made = f"Built with `params/{run.name}.yaml` on {runtime.machine()}."
     if "book.minutes" in found:
         made += " The notebooks took {measured-value}`book.minutes:.1f` minutes."
     note = "" if run.params.meaningful else "\n" + _NOT_MEANINGFUL.replace("page", "book").format(name=run.name)
-    table = records.table(found.values()) if found else "This run recorded nothing."
-    intro = "Every number that this run measured, with its 95% interval where one was computed."
-    pages = {"run.md": f"{made}\n{note}", "results.md": f"# All results\n\n{intro} {made}\n{note}\n{table}\n"}
-    published = {file.stem: records.read_records(file) for file in sorted(results.glob("*.json"))}
     judged = _titled(claims.page(found, run.params, published), "claims")
-    pages["claims.md"] = f"# Claims\n\n{_CLAIMS} {made}\n{'' if published else note}\n{judged}"
+    pages = {
+        "run.md": f"{made}\n{note}",
+        "results.md": f"# All results\n\n{_RESULTS} {made}\n{note}\n{_all_results(run.name, found, published)}\n",
+        "claims.md": f"# Claims\n\n{_CLAIMS} {made}\n{'' if published else note}\n{judged}",
+    }
     for name, text in pages.items():
         with runtime.atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     # where `{measured}` in the chapters finds the numbers of this run
     rows = {id_: record.model_dump(mode="json", exclude={"id"}) for id_, record in found.items()}
     runtime.write_json(folder / "records.json", rows)
+
+
+def _all_results(name: str, found: claims.Records, published: Mapping[str, claims.Records]) -> str:
+    """Tables of the run of that name and of the published runs of others."""
+    tables = [records.table(found.values()) if found else "This run recorded nothing."]
+    for other, rows in published.items():
+        if other != name:
+            tables.append(f"## Published run of `params/{other}.yaml`\n\n{records.table(rows.values())}")
+    return "\n\n".join(tables)
 
 
 def _titled(table: str, name: str) -> str:
