@@ -22,7 +22,7 @@ HEADLINES = (
     r"rollback\.accuracy\.depth\d\.\w+|rollback\.retrieval\.depth[12]\.\w+|edit\..*|encoder\..*|detokenizer\.psnr"
     r"|metric\..*|book\.(minutes|peak\w+)|drift\.(identity|psnr|accuracy)\.round10\.(tokens|reencode|oracle)"
     r"|drift\.\w+_gain\.round10|drift\.slope\.\w+|breaks\.(rounds\.retrieval|size\.named)\..*benefit|breaks\.caching\.accuracy\..*"
-    r"|people\.(identity|compliance|clip|slope)\.\w+|names\.accuracy\.people\d\.delay[18].*"
+    r"|people\.(identity|compliance|clip)\.\w+|names\.accuracy\.people\d\.delay[18].*"
     r"|bench\.\w+\.ratio\w*|bench\.(world\.render|undo\.(share|depth)|memory\.of_copy)|bench\.throughput\.(tokens|mfu)"
     r"|detokenizer\.(psnr|identity)_faces\..*"
 )

@@ -35,6 +35,10 @@ class FullBodyError(ValueError):
     """A pipeline or a face that cannot be used; the message says why."""
 
 
+class GivenFaceError(FullBodyError):
+    """The picture of a round that shows no face, or more than one, whose body could be made."""
+
+
 class BodyRow(Settings):
     """What became of one picture that the pipeline made.
 
@@ -103,6 +107,7 @@ class DiffusionEditor:
         check_pipeline(pipeline)
         self.pipeline, self.detector, self.embedder, self.settings = pipeline, detector, embedder, settings
         self.rows: list[BodyRow] = []
+        self.passed_over: list[str] = []
         self._kept: dict[tuple[str, int, str], Tensor] = {}
 
     @property
@@ -114,7 +119,8 @@ class DiffusionEditor:
         """Make pictures of the person of round `base` until one is kept; None if none is.
 
         Raises:
-            FullBodyError: the round has no picture, or not exactly one face in it.
+            FullBodyError: the conversation has no pictures.
+            GivenFaceError: not exactly one face in that of the round.
         """
         if conversation.images is None:
             raise FullBodyError(f"conversation {conversation.id!r} has no pictures; whole bodies are made from faces")
@@ -122,7 +128,7 @@ class DiffusionEditor:
         found = self.detector(given)
         if len(found) != 1:
             where = f"conversation {conversation.id!r}, round {base}"
-            raise FullBodyError(f"{where}: {len(found)} faces; expected one, whose body is to be made")
+            raise GivenFaceError(f"{where}: {len(found)} faces; expected one, whose body is to be made")
         reference = self._vector(given, found[0])  # (E,)
         for attempt in range(self.settings.attempts):
             prompt, seed = rng.choice(self.settings.prompts), rng.getrandbits(32)
@@ -154,9 +160,10 @@ class DiffusionEditor:
         return None, picture
 
     def save(self, path: Path) -> None:
-        """Write what was made, kept and left out as one JSON file."""
+        """Write what was made, kept, left out and passed over as one JSON file."""
         rows = [row.model_dump(mode="json") for row in self.rows]
-        write_json(path, {"settings": self.settings.model_dump(mode="json"), "counts": self.counts, "pictures": rows})
+        told = {"settings": self.settings.model_dump(mode="json"), "counts": self.counts, "pictures": rows}
+        write_json(path, told | {"passed_over": self.passed_over})
 
     def _make(self, given: Tensor, prompt: str, seed: int) -> Tensor:
         side = self.settings.image_size
@@ -192,7 +199,8 @@ def with_full_bodies(
 ) -> list[Conversation]:
     """Replace a share of the recalls by requests for the whole body, which show what the editor makes.
 
-    A recall for which no picture was kept stays as it is.
+    A recall for which no picture was kept, or whose introduction does not show exactly one face, stays as it is; the
+    editor notes both.
 
     Args:
         conversations: about people, with pictures, as `personalization.build_conversations` makes them of clips.
@@ -218,7 +226,11 @@ def _with_full_bodies(
             continue
         if conversation.children(index):  # what starts from this picture would no longer fit it
             continue
-        proposal = editor.propose(conversation, item.base, rng)
+        try:
+            proposal = editor.propose(conversation, item.base, rng)
+        except GivenFaceError as error:
+            editor.passed_over.append(str(error))
+            continue
         if proposal is None or conversation.images is None:
             continue
         text = phrases.recall_sentence(rng, item.name, (FRAMING,), (value,), split)

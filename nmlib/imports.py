@@ -19,7 +19,7 @@ from nmlib.conversation import Conversation
 from nmlib.face_sets import HDTF, VFHQ, CelebV
 from nmlib.faces import DlibEmbedder, FaceDetector
 from nmlib.folder_clips import FolderClips
-from nmlib.full_body import DiffusionEditor, FullBodyError, open_pipeline, with_full_bodies
+from nmlib.full_body import DiffusionEditor, open_pipeline, with_full_bodies
 from nmlib.inspection import Markov, StoredConversations, recognise
 from nmlib.readers import Reader, ReadError, Rows
 from nmlib.runtime import Run, progress, write_json
@@ -148,26 +148,16 @@ def _import_people(run: Run, name: str, paths: Sequence[Path], pipeline: Path | 
             seed = params.seed * 1_000_003 + number
             (told,) = personalization.build_conversations(source, one, seed=seed, split=split)
             if editor is not None:
-                told = _with_body(told, editor, settings.full_body_share, seed, split, found)
+                (told,) = with_full_bodies([told], editor, settings.full_body_share, seed, split)
             (add if split == "train" else hold_out)(replace(told, id=f"{name}-{number:06d}").validate())
             found.kept, found.heldout = found.kept + 1, found.heldout + (split == HELDOUT)
             found.after.add(told)
     if editor is not None:
         editor.save(folder / "bodies.json")
+        if editor.passed_over:
+            found.rejected["introductions without exactly one face, for a whole body"] = len(editor.passed_over)
     write_json(folder / "import.json", asdict(found))
     return found
-
-
-def _with_body(
-    told: Conversation, editor: DiffusionEditor, share: float, seed: int, split: str, found: Imported
-) -> Conversation:
-    """A conversation with whole bodies; where the face that is given cannot be found it stays as it is, and counts."""
-    try:
-        return with_full_bodies([told], editor, share, seed, split)[0]
-    except FullBodyError:
-        reason = "whole body of a picture without exactly one face"
-        found.rejected[reason] = found.rejected.get(reason, 0) + 1
-        return told
 
 
 def _body_editor(pipeline: Path) -> DiffusionEditor:

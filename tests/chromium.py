@@ -19,6 +19,7 @@ OPTIONS = [
     "--disable-sync",
 ]  # fmt: skip
 PHONE, DESKTOP = 390, 1440  # pixels
+FRONT_BYTES = 2_000_000  # most that the first page may load
 SECONDS = 60  # to wait for what should take one: a busy machine is slow, not wrong
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium found; install one, on Debian with `apt-get install chromium`"

@@ -13,8 +13,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from nmlib import book, claims, links
 from nmlib.config import SeedXConfig
 from nmlib.pipeline import Project
-from nmlib.records import write_record
-from nmlib.runtime import Run, RunError
+from nmlib.records import read_records, write_record
+from nmlib.runtime import Run, RunError, write_json
 from nmlib.steps import Step
 
 ROOT = Path(__file__).parent.parent
@@ -113,9 +113,16 @@ def test_book_builds_and_asks_no_other_host(book_root: Path, capfd: pytest.Captu
         book.build_book(book_root, run, strict=True)
     for id_ in {id_ for claim in claims.CLAIMS for id_ in claim.ids}:
         write_record(run, id_, 0.5, n=3, modules=("runtime",))
+    rows = {id_: record.model_dump(mode="json", exclude={"id"}) for id_, record in read_records(run).items()}
+    (book_root / "book" / "results").mkdir()
+    write_json(book_root / "book" / "results" / "people.json", rows)
     page = book.build_book(book_root, run, strict=True)
     assert page.exists()
     html = page.parent
+    shown = (html / "generated" / "results.html").read_text(encoding="utf-8")
+    assert "Published run of" in shown and shown.count("people.identity.stage123") == 2
+    judged = (html / "generated" / "claims.html").read_text(encoding="utf-8")
+    assert judged.count("Published run of") == sum(claim.sizes == ("people",) for claim in claims.CLAIMS)
     assert (html / "_static" / "mathjax" / "tex-mml-chtml.js").exists()
     assert list((html / "_static" / "mathjax" / "output" / "chtml" / "fonts" / "woff-v2").glob("*.woff"))
     for name in ("01_one", "02_two"):

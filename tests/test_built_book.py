@@ -4,12 +4,12 @@ from pathlib import Path
 
 import chromium
 import pytest
-from chromium import DESKTOP, PHONE, check_page
+from chromium import DESKTOP, FRONT_BYTES, PHONE, check_page
 from playwright.sync_api import expect
 from test_browser import current, large
 
 BUILT = Path(__file__).parent.parent / "_build" / "html"
-BOOK_BYTES, FRONT_BYTES = 25_000_000, 2_000_000
+BOOK_BYTES = 25_000_000
 pytestmark = pytest.mark.skipif(not BUILT.is_dir(), reason="no book found; build one with `make book PARAMS=smoke`")
 
 

@@ -198,7 +198,7 @@ def test_photographs_go_the_same_way(tmp_path: Path) -> None:
     assert 0 < ceiling < 1 and {"rollback.accuracy.depth2.rollback_trained", "drift.psnr_gain.round3"} <= set(found)
 
 
-def test_repeats_over_seeds_are_counted(run: Run) -> None:
+def test_repeats_over_seeds_are_counted(run: Run, trained: Trained) -> None:
     for stage in ("base", "rollback"):
         run.path("models", f"{stage}-seed1.safetensors").write_bytes(
             run.path("models", f"{stage}.safetensors").read_bytes()
@@ -208,6 +208,13 @@ def test_repeats_over_seeds_are_counted(run: Run) -> None:
     experiments.record_edits(run, table, minutes=0.1)
     record = read_records(run)["edit.accuracy.base_trained"]
     assert record.seeds == 2 and record.n == 5
+    embedder = FaceEmbedder(trained.run.path("identity.onnx"))
+    drift = experiments.drift_table(run, SOURCE, "rollback", embedder, seeds=2)
+    assert drift.groupby("seed").size().tolist() == [4 * 3 * 3] * 2
+    experiments.record_drift(run, drift, minutes=0.1)
+    found = read_records(run)
+    assert {found[f"drift.{id_}"].seeds for id_ in ("psnr_gain.round3", "identity.round3.tokens")} == {2}
+    assert found["drift.psnr_gain.round3"].n == 3
     with pytest.raises(CheckpointError, match=r"base-seed2\.safetensors: no such checkpoint"):
         experiments.edit_table(run, SOURCE, ["base"], seeds=3)
 

@@ -156,6 +156,18 @@ def test_conversations_of_clips_get_whole_bodies(tmp_path: Path) -> None:
         conversation.validate()
 
 
+def test_an_introduction_without_a_face_is_passed_over_and_the_others_keep_their_bodies() -> None:
+    """A person whose face cannot be found costs nobody else the picture that was made."""
+    blank = from_picture(marked(BLUE, faces=0, side=16), "a picture")
+    told = introduced(Round("this is bob", "introduce", name="bob"), Round("a picture of bob", "recall", 2, name="bob"))
+    assert told.images is not None
+    told.images[2] = blank
+    made, _ = editor(marked(RED))
+    (changed,) = with_full_bodies([told], made, 1.0, 0, "train")
+    assert [item.named for item in changed.rounds] == [(), ("framing",), (), ()] and made.counts == {"kept": 1}
+    assert made.passed_over == ["conversation 'anna', round 2: 0 faces; expected one, whose body is to be made"]
+
+
 def test_what_was_made_is_written_down(tmp_path: Path) -> None:
     made, _ = editor(marked(BLUE), marked(DARK_RED))
     made.propose(introduced(), 0, random.Random(0))

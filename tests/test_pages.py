@@ -9,7 +9,7 @@ import chromium
 import nbformat
 import pytest
 import yaml
-from chromium import DESKTOP, PHONE, Site, check_page
+from chromium import DESKTOP, FRONT_BYTES, PHONE, Site, check_page
 from conftest import write_notebook
 from nbformat.v4 import new_code_cell, new_output
 from playwright.sync_api import expect
@@ -21,7 +21,6 @@ from nmlib.records import write_record
 from nmlib.runtime import Run
 
 ROOT = Path(__file__).parent.parent
-FRONT_BYTES = 2_000_000
 pytestmark = chromium.needs_chromium
 
 
