@@ -215,6 +215,8 @@ def test_repeats_over_seeds_are_counted(run: Run, trained: Trained) -> None:
     found = read_records(run)
     assert {found[f"drift.{id_}"].seeds for id_ in ("psnr_gain.round3", "identity.round3.tokens")} == {2}
     assert found["drift.psnr_gain.round3"].n == 3
+    with pytest.raises(CheckpointError, match=r"rollback-seed2\.safetensors: no such checkpoint"):
+        experiments.drift_table(run, SOURCE, "rollback", embedder, seeds=3)
     with pytest.raises(CheckpointError, match=r"base-seed2\.safetensors: no such checkpoint"):
         experiments.edit_table(run, SOURCE, ["base"], seeds=3)
 
