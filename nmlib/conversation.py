@@ -18,6 +18,7 @@ from torch import Tensor
 
 Kind = Literal["upload", "describe", "edit", "rollback", "introduce", "recall"]
 Reference = Literal["none", "count", "ordinal", "content", "start"]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 KINDS = ("upload", "describe", "edit", "rollback", "introduce", "recall")
 ROOTS = ("upload", "describe", "introduce")  # kinds that start from no earlier picture
 REFERENCES = ("none", "count", "ordinal", "content", "start")
@@ -53,6 +54,8 @@ class Round:
         name: whom an `introduce` or a `describe` introduces, whom a `recall` asks for, or what an `edit` calls the
             person shown from now on.
         named: attributes that the instruction of a recall, or of a description with a name, says.
+        face: left, top, right and bottom of the face as shares of width and height, where the pixels alone are known
+            and it was found in them; of an exact state it is computed.
     """
 
     instruction: str
@@ -64,6 +67,7 @@ class Round:
     subject: tuple[float, ...] | None = None
     name: str | None = None
     named: tuple[str, ...] = ()
+    face: Box | None = None
 
     @property
     def is_brought(self) -> bool:
@@ -192,6 +196,12 @@ def validate_round(item: Round, index: int, where: str) -> None:
             if index
             else f"{where}: kind {item.kind!r} cannot open a conversation; expected one of {', '.join(ROOTS)}"
         )
+    if item.face is not None:
+        left, top, right, bottom = item.face
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ConversationError(
+                f"{where}: field 'face' is {list(item.face)}; expected left < right and top < bottom from 0 to 1"
+            )
     _validate_name(item, where)
 
 

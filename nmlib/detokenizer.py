@@ -48,11 +48,14 @@ class Detokenizer(nn.Module):
         image_size: pixels a side.
         tokens: N, a square number.
         feature_dim: width of a token.
+        channels: of what is drawn, 3 for pixels.
     """
 
-    def __init__(self, settings: DetokenizerConfig, image_size: int, tokens: int, feature_dim: int) -> None:
+    def __init__(
+        self, settings: DetokenizerConfig, image_size: int, tokens: int, feature_dim: int, channels: int = 3
+    ) -> None:
         super().__init__()
-        self.settings, self.image_size = settings, image_size
+        self.settings, self.image_size, self.channels = settings, image_size, channels
         self.grid = int(tokens**0.5)
         self.cells = math.gcd(image_size // self.grid, 4)
         self.null = nn.Parameter(torch.zeros(tokens, feature_dim))
@@ -62,8 +65,8 @@ class Detokenizer(nn.Module):
         self.dit: Any = PixArtTransformer2DModel(
             num_attention_heads=settings.heads,
             attention_head_dim=settings.width // settings.heads,
-            in_channels=3 + MAP_CHANNELS,
-            out_channels=3,
+            in_channels=channels + MAP_CHANNELS,
+            out_channels=channels,
             num_layers=settings.layers,
             cross_attention_dim=settings.width,
             sample_size=image_size,
@@ -73,12 +76,20 @@ class Detokenizer(nn.Module):
             interpolation_scale=1,
         )
         self.smooth = nn.Sequential(
-            nn.Conv2d(3 + MAP_CHANNELS, SMOOTHING_CHANNELS, 3, padding=1),
+            nn.Conv2d(channels + MAP_CHANNELS, SMOOTHING_CHANNELS, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(SMOOTHING_CHANNELS, 3, 3, padding=1),
+            nn.Conv2d(SMOOTHING_CHANNELS, channels, 3, padding=1),
         )
         for parameter in self.smooth[-1].parameters():
             nn.init.zeros_(parameter)
+
+    def from_images(self, images: Tensor) -> Tensor:
+        """What the transformer draws, (B, channels, H, W) of about unit size, for pictures (B, 3, H, W) in [0, 1]."""
+        return images * 2 - 1
+
+    def to_images(self, drawn: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1]; undoes `from_images`."""
+        return (drawn / 2 + 0.5).clamp(0, 1)
 
     def condition(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens as a caption (B, N, D) and as a map (B, C, H, W)."""
@@ -89,7 +100,7 @@ class Detokenizer(nn.Module):
         return caption, F.interpolate(layout.float(), size, mode="bilinear", align_corners=False)  # (B, C, H, W)
 
     def predict(self, noisy: Tensor, time: Tensor, caption: Tensor, layout: Tensor) -> Tensor:
-        """The clean picture in [-1, 1] that a noisy one (B, 3, H, W) comes from.
+        """What was drawn, before the noise: the clean (B, channels, H, W) that a noisy one comes from.
 
         Args:
             noisy: (1 - time) * clean + time * noise.
@@ -97,9 +108,9 @@ class Detokenizer(nn.Module):
             caption: from `condition`.
             layout: from `condition`.
         """
-        stacked = torch.cat([noisy, layout], dim=1)  # (B, 3 + C, H, W)
+        stacked = torch.cat([noisy, layout], dim=1)  # (B, channels + C, H, W)
         clean = self.dit(stacked, encoder_hidden_states=caption, timestep=time * 1000, return_dict=False)[0]
-        return clean + self.smooth(torch.cat([clean, layout], dim=1))  # (B, 3, H, W)
+        return clean + self.smooth(torch.cat([clean, layout], dim=1))  # (B, channels, H, W)
 
     def forward(self, tokens: Tensor, images: Tensor) -> DetokenizerLosses:
         """Flow-matching loss of pictures given their tokens.
@@ -113,7 +124,7 @@ class Detokenizer(nn.Module):
         tokens = tokens + strength * torch.randn_like(tokens)
         dropped = torch.rand(count, device=tokens.device) < self.settings.condition_dropout
         tokens = torch.where(dropped[:, None, None], self.null, tokens)  # (B, N, D_feature)
-        clean = images * 2 - 1
+        clean = self.from_images(images)  # (B, channels, H, W)
         time = torch.sigmoid(1.2 * torch.randn(count, device=tokens.device) + 0.3)  # (B,)
         level = time[:, None, None, None]
         noisy = (1 - level) * clean + level * torch.randn_like(clean)
@@ -139,8 +150,8 @@ class Detokenizer(nn.Module):
         scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
         count = self.settings.sampling_steps if steps is None else steps
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(3, self.image_size, self.image_size, generator=generator)
-        picture = noise.to(tokens.device).expand(len(tokens), -1, -1, -1)  # (B, 3, H, W)
+        noise = torch.randn(self.channels, self.image_size, self.image_size, generator=generator)
+        picture = noise.to(tokens.device).expand(len(tokens), -1, -1, -1)  # (B, channels, H, W)
         conditions = [self.condition(tokens)]
         if scale != 1:
             conditions.append(self.condition(self.null.expand_as(tokens)))
@@ -152,4 +163,4 @@ class Detokenizer(nn.Module):
             guided = clean[0] if scale == 1 else clean[1] + scale * (clean[0] - clean[1])
             velocity = (picture - guided) / time[:, None, None, None]
             picture = scheduler.step(velocity, timestep, picture, return_dict=False)[0]
-        return (picture / 2 + 0.5).clamp(0, 1).to(given)
+        return self.to_images(picture).to(given)  # (B, 3, H, W)

@@ -258,8 +258,7 @@ def drift_table(run: Run, source: Source, stage: str, embedder: FaceEmbedder, se
     """
     settings = run.params.experiments
     told = probe_conversations(source, settings.drift_conversations, settings.drift_rounds, 0)
-    tables = [_drift(load_system(run, stage, seed), source, told, POLICIES, embedder) for seed in range(seeds)]
-    return pd.concat(tables, keys=range(seeds), names=["seed"]).reset_index("seed")
+    return _drift(run, source, stage, told, POLICIES, embedder, seeds)
 
 
 def face_drift(
@@ -279,18 +278,32 @@ def face_drift(
             conversation = longer if edit is not None and edit.attribute in BESIDE_THE_FACE else conversation
         told.append(conversation)
     kept: tuple[Policy, ...] = ("tokens", "reencode")
-    tables = [_drift(load_system(run, stage, seed), source, told, kept, embedder) for seed in range(seeds)]
-    return pd.concat(tables, keys=range(seeds), names=["seed"]).reset_index("seed")
+    return _drift(run, source, stage, told, kept, embedder, seeds)
 
 
 def _drift(
+    run: Run,
+    source: Source,
+    stage: str,
+    told: Sequence[Conversation],
+    policies: Sequence[Policy],
+    embedder: FaceEmbedder,
+    seeds: int,
+) -> pd.DataFrame:
+    """Every round of conversations of one length under every policy and every training of a stage."""
+    systems = (load_system(run, stage, seed) for seed in range(seeds))
+    tables = [_drift_of(system, source, told, policies, embedder) for system in systems]
+    return pd.concat(tables, keys=range(seeds), names=["seed"]).reset_index("seed")
+
+
+def _drift_of(
     system: System,
     source: Source,
     told: Sequence[Conversation],
     policies: Sequence[Policy],
     embedder: FaceEmbedder,
 ) -> pd.DataFrame:
-    """Every round of conversations of one length under every policy, compared with the exact pictures."""
+    """The same of one model, compared with the exact pictures."""
     candidates = Candidates(source, system.encode)
     encoded = data.encode_conversations(rollback.with_images(source, told), system.encode)
     rows: list[dict[str, object]] = []

@@ -57,6 +57,10 @@ class FolderClips:
             raise ConversationError(f"{self.root}: {len(people)} people in split {split!r}; expected {count} or more")
         return [self._read(people[place]) for place in torch.randperm(len(people), generator=generator)[:count]]
 
+    def without_boxes(self) -> list[Path]:
+        """Folders of people of whom nothing says where their faces are."""
+        return [folder for folder in self.people if not (folder / BOXES).exists()]
+
     def _read(self, folder: Path) -> Clip:
         files = self._files(folder)
         count = min(self.frames, len(files))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nmlib import phrases
 from nmlib.config import FullBodyConfig, Settings
-from nmlib.conversation import Conversation, ConversationError, Edit, from_picture, to_picture
+from nmlib.conversation import Box, Conversation, ConversationError, Edit, from_picture, to_picture
 from nmlib.faces import Detector, Face, cut
 from nmlib.people import FRAMING
 from nmlib.runtime import device, write_json
@@ -109,6 +109,7 @@ class DiffusionEditor:
         self.rows: list[BodyRow] = []
         self.passed_over: list[str] = []
         self._kept: dict[tuple[str, int, str], Tensor] = {}
+        self._faces: dict[tuple[str, int, str], Box] = {}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -143,6 +144,7 @@ class DiffusionEditor:
             if reason is None:
                 clause = phrases.clean(prompt)
                 self._kept[conversation.id, base, clause] = self._resized(made, given.shape[-1])
+                self._faces[conversation.id, base, clause] = self._share(made)
                 return None, clause
         return None
 
@@ -158,6 +160,10 @@ class DiffusionEditor:
         if picture is None:
             raise FullBodyError(f"conversation {conversation.id!r}, round {base}: {clause!r} was never proposed")
         return None, picture
+
+    def face(self, conversation: Conversation, base: int, clause: str) -> Box:
+        """Where the face of a picture that was proposed is, as shares of width and height."""
+        return self._faces[conversation.id, base, clause]
 
     def save(self, path: Path) -> None:
         """Write what was made, kept, left out and passed over as one JSON file."""
@@ -185,6 +191,12 @@ class DiffusionEditor:
             return "no whole body", share, settings.max_face_share
         similarity = float(self._vector(made, face) @ reference)
         return None if similarity >= settings.min_similarity else "identity lost", similarity, settings.min_similarity
+
+    def _share(self, made: Tensor) -> Box:
+        """The box of the one face of a picture (3, H, W), cut at its edges, as shares of width and height."""
+        left, top, right, bottom = self.detector(made)[0].box
+        height, width = made.shape[1:]
+        return max(0, left / width), max(0, top / height), min(1, right / width), min(1, bottom / height)
 
     def _vector(self, picture: Tensor, face: Face) -> Tensor:
         """Unit vector (E,) of an aligned face."""
@@ -236,9 +248,10 @@ def _with_full_bodies(
         text = phrases.recall_sentence(rng, item.name, (FRAMING,), (value,), split)
         images = conversation.images.clone()
         picture = editor.apply(conversation, item.base, *proposal)[1]
+        face = editor.face(conversation, item.base, proposal[1])
         assert picture is not None
         images[index] = picture
         rounds = list(conversation.rounds)
-        rounds[index] = replace(item, instruction=text, named=(FRAMING.name,))
+        rounds[index] = replace(item, instruction=text, named=(FRAMING.name,), face=face)
         conversation = replace(conversation, rounds=tuple(rounds), images=images)
     return conversation

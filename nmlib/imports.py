@@ -18,7 +18,7 @@ from nmlib.config import DataConfig, FullBodyConfig, Params
 from nmlib.conversation import Conversation
 from nmlib.face_sets import HDTF, VFHQ, CelebV
 from nmlib.faces import DlibEmbedder, FaceDetector
-from nmlib.folder_clips import FolderClips
+from nmlib.folder_clips import BOXES, FolderClips
 from nmlib.full_body import DiffusionEditor, open_pipeline, with_full_bodies
 from nmlib.inspection import Markov, StoredConversations, recognise
 from nmlib.readers import Reader, ReadError, Rows
@@ -137,9 +137,12 @@ def _import_people(run: Run, name: str, paths: Sequence[Path], pipeline: Path | 
     settings = params.people[name]
     if len(paths) != 1:
         raise ReadError(f"{name}: {len(paths)} folders of clips; expected one, so that no person is in it twice")
-    if settings.face_weight != 1:
-        raise ReadError(f"{name}: face_weight {settings.face_weight:g} needs a world that knows its faces; set it to 1")
     source = FolderClips(paths[0], picture_size(params))
+    if settings.face_weight != 1 and (bare := source.without_boxes()):
+        raise ReadError(
+            f"{bare[0]}: no {BOXES}, but {name}.face_weight is {settings.face_weight:g}; make the clips with "
+            "`python -m nmlib data clips`, or set face_weight to 1"
+        )
     editor = None if pipeline is None else _body_editor(pipeline)
     with writing(folder) as add, writing(folder / HELDOUT) as hold_out:
         for number in progress(range(settings.conversations), desc=f"import {name}"):

@@ -43,8 +43,8 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A word-level tokenizer for a source's grammar.
 
-    Every name is one word. Held-out names are words as well, whose embeddings stay near their random start, since no
-    training text has them: a model that finds people by held-out names compares words and has not learned names.
+    Every name is one word, held-out names too. No data set that is trained on has those; exercises in finding words
+    (`lookup`) do, so that their embeddings are words like others, of nobody whom a picture has shown.
 
     Args:
         attributes: their phrases give the words.

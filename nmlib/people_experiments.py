@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from nmlib import chat, data, metrics, personalization, prompts
+from nmlib import chat, data, metrics, name_controls, personalization, prompts
 from nmlib.chat import System
 from nmlib.compliance import ClipScorer
 from nmlib.config import PeopleConfig
@@ -218,9 +218,9 @@ def controlled(told: Sequence[Conversation], control: str) -> list[Conversation]
         return list(told)
     if control == "shuffled":
         generator = data.step_generator(62, 0)
-        return [personalization.shuffle_names(conversation, generator) for conversation in told]
+        return [name_controls.shuffle_names(conversation, generator) for conversation in told]
     pool = names("heldout")
-    return [personalization.rename_everybody(c, dict(zip(pool, pool[7:] + pool[:7], strict=True))) for c in told]
+    return [name_controls.rename_everybody(c, dict(zip(pool, pool[7:] + pool[:7], strict=True))) for c in told]
 
 
 def names_table(

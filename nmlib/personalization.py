@@ -8,16 +8,16 @@ say stays as in the introduction.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from nmlib import phrases, rollback
 from nmlib.config import DataConfig, PeopleConfig
-from nmlib.conversation import Conversation, ConversationError, Round
+from nmlib.conversation import Box, Conversation, ConversationError, Round
 from nmlib.face_region import face_token_weights, mask_faces
 from nmlib.names import names
 from nmlib.people import PeopleSource
@@ -113,7 +113,8 @@ class PeopleBuilder:
             item = self._introduction(name, values, rng)
             item = replace(item, subject=tuple(shown.subjects[frame].tolist()))
         who.shown[len(conversation)] = (clip, frame)
-        return _append(conversation, item, None if shown.images is None else self._seen(shown, frame))
+        image = None if shown.images is None else self._seen(shown, frame)
+        return _append(conversation, replace(item, face=shown.face(frame)), image)
 
     def _introduction(self, name: str, values: tuple[int, ...], rng: random.Random) -> Round:
         if rng.random() >= self.settings.describe_share:
@@ -187,21 +188,26 @@ class PeopleBuilder:
         start, clip = conversation.rounds[base], who.clips[who.shown[base][0]]
         if start.values is None:
             text = phrases.recall_sentence(rng, name, (), (), self.split)
-            return _append(conversation, Round(text, "recall", base, name=name), self._target(who, base, rng))
+            picture, face = self._target(who, base, rng)
+            return _append(conversation, Round(text, "recall", base, name=name, face=face), picture)
         values, named = self._asked(start.values, rng)
         places = [attribute_index(cast(Source, self.source), attribute) for attribute in named]
         attributes = [self.source.attributes[place] for place in places]
         text = phrases.recall_sentence(rng, name, attributes, [values[place] for place in places], self.split)
         item = Round(text, "recall", base, values=values, subject=start.subject, name=name, named=named)
-        return _append(conversation, item, None if clip.images is None else self._target(who, base, rng))
+        if clip.images is None:
+            return _append(conversation, item, None)
+        picture, face = self._target(who, base, rng)
+        return _append(conversation, replace(item, face=face), picture)
 
-    def _target(self, who: Cast, base: int, rng: random.Random) -> Tensor:
-        """The picture of a recall from pixels: the frame of the introduction, or another one of the clip."""
-        clip, frame = who.shown[base]
-        images = who.clips[clip].images
-        assert images is not None
-        others = [number for number in range(len(images)) if number != frame]
-        return images[rng.choice(others) if self.settings.pairing == "paired" else frame]
+    def _target(self, who: Cast, base: int, rng: random.Random) -> tuple[Tensor, Box | None]:
+        """The picture of a recall from pixels (the introduction's frame, or another one of its clip) and its face."""
+        number, frame = who.shown[base]
+        clip = who.clips[number]
+        assert clip.images is not None
+        if self.settings.pairing == "paired":
+            frame = rng.choice([other for other in range(len(clip.images)) if other != frame])
+        return clip.images[frame], clip.face(frame)
 
     def _asked(self, start: tuple[int, ...], rng: random.Random) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """The state that a recall shows, given that of the introduction, and the attributes that are said."""
@@ -339,53 +345,29 @@ def _boxes(source: PeopleSource, rounds: Sequence[Round]) -> Tensor:
 
 
 def face_weights(source: PeopleSource, tokens: int, weight: float) -> Callable[[Conversation], Tensor]:
-    """Loss weights (R, N) of a conversation with known states, to be computed beside its features.
+    """Loss weights (R, N) of a conversation, to be computed beside its features.
 
     Args:
-        source: knows where faces are.
+        source: knows where the faces of exact states are; rounds without one say it themselves (`found_face_weights`).
         tokens: N.
         weight: of a token inside the face, relative to one outside.
     """
-    return lambda told: face_token_weights(_boxes(source, told.rounds), source.image_size, tokens, weight)
+
+    def weigh(told: Conversation) -> Tensor:
+        if any(item.values is None for item in told.rounds):
+            return found_face_weights(told, tokens, weight)
+        return face_token_weights(_boxes(source, told.rounds), source.image_size, tokens, weight)  # (R, N)
+
+    return weigh
 
 
-def rename_everybody(conversation: Conversation, mapping: Mapping[str, str]) -> Conversation:
-    """The same conversation with other names; the pictures stay.
+def found_face_weights(told: Conversation, tokens: int, weight: float) -> Tensor:
+    """Loss weights (R, N) of a conversation made of pixels; ones where a round does not say where its face is.
 
     Args:
-        conversation: any.
-        mapping: old name -> new name; who is not in it keeps the name.
-
-    Raises:
-        ConversationError: two people would get one name.
+        told: of which the rounds hold `face`.
+        tokens: N.
+        weight: of a token inside the face, relative to one outside.
     """
-    used = {item.name for item in conversation.rounds if item.name is not None}
-    given = [mapping.get(name, name) for name in sorted(used)]
-    twice = sorted({name for name in given if given.count(name) > 1})
-    if twice:
-        raise ConversationError(f"conversation {conversation.id!r}: two people would be called {twice[0]!r}")
-    return replace(conversation, rounds=tuple(_renamed(item, mapping) for item in conversation.rounds))
-
-
-def _renamed(item: Round, mapping: Mapping[str, str]) -> Round:
-    if item.name is None:
-        return item
-    new = mapping.get(item.name, item.name)
-    text = phrases.with_name(phrases.without_name(item.instruction, item.name), new)
-    return replace(item, instruction=text, name=new)
-
-
-def shuffle_names(conversation: Conversation, generator: Generator) -> Conversation:
-    """A control in which a name does not say who: every recall asks by a name drawn among those known there.
-
-    Pictures and bases stay, so that the base of a recall is no longer the picture its name stands for: the result
-    does not pass `validate`, and with K names known nobody can find the right one more often than once in K.
-    """
-    rounds = []
-    for index, item in enumerate(conversation.rounds):
-        if item.kind == "recall" and item.name is not None:
-            known = sorted(conversation.people(index))
-            pick = known[int(torch.randint(len(known), (1,), generator=generator))]
-            item = _renamed(item, {item.name: pick})
-        rounds.append(item)
-    return replace(conversation, rounds=tuple(rounds))
+    boxes = torch.tensor([item.face or (0.0, 0.0, 0.0, 0.0) for item in told.rounds])  # (R, 4)
+    return face_token_weights(boxes, 1, tokens, weight)  # (R, N)

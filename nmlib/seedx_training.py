@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from nmlib import batches, curriculum, data, runtime, train
 from nmlib.checkpoint import CheckpointError
-from nmlib.config import Params, SeedXConfig, StageConfig
+from nmlib.config import Params, PeopleConfig, SeedXConfig, StageConfig
 from nmlib.conversation import Conversation
 from nmlib.layout import Layout
 from nmlib.mllm import Losses
+from nmlib.personalization import found_face_weights
 from nmlib.runtime import Run, read_json, write_json
 from nmlib.seedx import SeedX
 from nmlib.seedx_checkpoint import System, find_part, from_pretrained, load_vit, require_part, save_pretrained
@@ -106,19 +107,27 @@ def fits(template: SeedXTemplate) -> Callable[[Conversation], bool]:
 
 
 def stage_batches(
-    stage: StageConfig, sets: Mapping[str, StoredSet], template: SeedXTemplate, seed: int
+    params: Params, stage: StageConfig, sets: Mapping[str, StoredSet], template: SeedXTemplate, seed: int
 ) -> Callable[[int], dict[str, Any]]:
-    """Batches of a stage as a pure function of the step; see `batches.stage_batches`."""
+    """Batches of a stage as a pure function of the step; see `batches.stage_batches`.
+
+    Where a data set about people says where faces are, they weigh `face_weight` times as much.
+    """
 
     def batch_at(step: int) -> dict[str, Any]:
-        part = sets[batches.pick_set(stage, step, seed + 9)]
+        name = batches.pick_set(stage, step, seed + 9)
+        part, settings = sets[name], batches.set_settings(params, name)
         conversations = part.batch(step, stage.optim.batch_size, seed + 3)
         images = torch.stack([c.images for c in conversations if c.images is not None])  # (B, R, 3, H, W)
         generator, chance = data.step_generator(seed + 4, step), batches.predicted_share(stage, step)
-        is_packed = stage.supervision == "packed"
+        is_packed, weights = stage.supervision == "packed", None
+        if isinstance(settings, PeopleConfig) and settings.face_weight != 1:
+            each = [found_face_weights(c, template.settings.queries, settings.face_weight) for c in conversations]
+            weights = torch.stack(each)  # (B, R, N)
         return {
             "layout": template.packed(conversations) if is_packed else template.prefix(conversations),
             "images": images,
+            "weights": weights,
             "replaced": torch.rand(images.shape[:2], generator=generator) < chance if chance else None,
             "history_noise": stage.history_noise,
         }
@@ -193,7 +202,7 @@ def train_stage(run: Run, name: str, weights: Path, seed: int = 0) -> History:
     sets = {part: StoredSet(run.path("data", part), fits(template)) for part in stage.data}
     run.log("data", stage=name, **{f"too_long_{part}": found.dropped for part, found in sets.items()})
     module = PictureReader(agent, load_vit(weights, settings, dtype))
-    batch_at = stage_batches(stage, sets, template, params.seed + seed)
+    batch_at = stage_batches(params, stage, sets, template, params.seed + seed)
     history = train.run_training(run, result, module, batch_at, stage.optim, params.seed + seed, key, curriculum.split)
     _finish(run, result, System(agent, None, template), dtype, {"key": key, "stage": name, "history": history})
     return history

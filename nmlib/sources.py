@@ -12,6 +12,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
+from nmlib.conversation import Box
+
 
 @dataclass(frozen=True)
 class Attribute:
@@ -98,6 +100,13 @@ class Clip:
     values: Tensor | None = None
     images: Tensor | None = None
     boxes: Tensor | None = None
+
+    def face(self, frame: int) -> Box | None:
+        """Where the face of a frame of pixels is, as shares of width and height; None where that is not known."""
+        if self.boxes is None or self.images is None:
+            return None
+        left, top, right, bottom = (self.boxes[frame] / self.images.shape[-1]).tolist()
+        return left, top, right, bottom
 
 
 @runtime_checkable

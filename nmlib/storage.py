@@ -28,6 +28,7 @@ from nmlib.runtime import atomic_path, read_json, write_json
 
 datasets.disable_progress_bars()  # reading and writing takes moments, and bars look like warnings in a notebook
 
+LISTED = ("values", "subject", "named", "face")  # fields of a round that JSON holds as lists
 FEATURES = datasets.Features(
     {
         "conversation": datasets.Value("string"),
@@ -43,6 +44,7 @@ FEATURES = datasets.Features(
         "values": datasets.List(datasets.Value("int32")),
         "name": datasets.Value("string"),
         "named": datasets.List(datasets.Value("string")),
+        "face": datasets.List(datasets.Value("float32")),
         "image": datasets.Image(),
     }
 )
@@ -65,6 +67,7 @@ def _rows(conversations: Iterable[Conversation]) -> Iterator[dict[str, Any]]:
                 "values": None if item.values is None else list(item.values),
                 "name": item.name,
                 "named": list(item.named),
+                "face": None if item.face is None else list(item.face),
                 "image": None if conversation.images is None else to_picture(conversation.images[index]),
             }
 
@@ -136,6 +139,7 @@ def _round_from_row(row: dict[str, Any]) -> Round:
         subject=None if row["subject"] is None else tuple(row["subject"]),
         name=row["name"],
         named=tuple(row["named"] or ()),
+        face=None if row["face"] is None else tuple(row["face"]),
     )
 
 
@@ -212,7 +216,7 @@ def _round_from_json(raw: dict[str, Any], where: str) -> Round:
     if not isinstance(raw["base"], int | None):
         raise ConversationError(f"{where}: field 'base' is {raw['base']!r}; expected the number of a round or null")
     edit = Edit(**raw["edit"]) if raw["edit"] else None
-    listed = {field: None if raw[field] is None else tuple(raw[field]) for field in ("values", "subject", "named")}
+    listed = {field: None if raw[field] is None else tuple(raw[field]) for field in LISTED}
     return Round(**{**raw, **listed, "edit": edit})
 
 

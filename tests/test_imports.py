@@ -371,7 +371,10 @@ def test_clips_are_refused_with_a_reason(tmp_path: Path) -> None:
     text = raised(lambda: import_set(run, "named", [clips, clips]), ReadError)
     assert text == "named: 2 folders of clips; expected one, so that no person is in it twice"
     text = raised(lambda: import_set(run, "weighed", [clips]), ReadError)
-    assert text == "weighed: face_weight 2 needs a world that knows its faces; set it to 1"
+    assert text.endswith(
+        "no faces.json, but weighed.face_weight is 2; make the clips with `python -m nmlib data clips`, "
+        "or set face_weight to 1"
+    )
     text = raised(lambda: import_set(run, "named", [clips], pipeline=tmp_path), FullBodyError)
     assert text == f"{tmp_path}: no pipeline here (no model_index.json); give a folder that diffusers saved"
     assert "expected 1 or more" in raised(lambda: import_set(run, "named", [clips]), ConversationError)

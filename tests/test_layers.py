@@ -52,6 +52,7 @@ LAYERS = (
         "lookup",
         "manifest",
         "measured",
+        "name_controls",
         "parquet_sets",
         "personalization",
         "readers",

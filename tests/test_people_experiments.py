@@ -61,8 +61,8 @@ def test_every_table_runs_to_its_records(run: Run) -> None:
 
 def test_face_drift_edits_wall_and_shirt_alone_and_records_slopes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Conversation] = []
-    drift = experiments._drift
-    monkeypatch.setattr(experiments, "_drift", lambda *rest: told.extend(rest[2]) or drift(*rest))
+    drift = experiments._drift_of
+    monkeypatch.setattr(experiments, "_drift_of", lambda *rest: told.extend(rest[2]) or drift(*rest))
     embedder = FaceEmbedder(run.path("identity.onnx"))
     table = experiments.face_drift(run, data.open_source(run.params.source), "joint", embedder, rounds=5)
     edited = {item.edit.attribute for talk in told for item in talk.rounds if item.edit is not None}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from toy import raised
 
-from nmlib import layout, personalization, phrases
+from nmlib import layout, name_controls, personalization, phrases
 from nmlib.config import PeopleConfig
 from nmlib.conversation import Conversation, ConversationError
 from nmlib.face_region import GREY
@@ -263,23 +263,23 @@ def test_renaming_twice_is_composition_and_changes_names_alone(seed: int, pairin
     used = sorted({item.name for item in told.rounds if item.name})
     first = dict(zip(used, rng.sample(NAMES, len(used)), strict=True))
     second = dict(zip(first.values(), rng.sample(NAMES, len(used)), strict=True))
-    once = personalization.rename_everybody(told, first)
-    twice = personalization.rename_everybody(once, second)
-    assert twice == personalization.rename_everybody(told, {name: second[first[name]] for name in used})
+    once = name_controls.rename_everybody(told, first)
+    twice = name_controls.rename_everybody(once, second)
+    assert twice == name_controls.rename_everybody(told, {name: second[first[name]] for name in used})
     once.validate()
     for before, after in zip(told.rounds, once.rounds, strict=True):
         assert phrases.without_name(before.instruction, before.name) == phrases.without_name(
             after.instruction, after.name
         )
         assert replace(before, name=None, instruction="") == replace(after, name=None, instruction="")
-    back = personalization.rename_everybody(once, {new: old for old, new in first.items()})
+    back = name_controls.rename_everybody(once, {new: old for old, new in first.items()})
     assert back == told
 
 
 def test_two_people_cannot_get_one_name() -> None:
     told = next(told for told in build("paired", 0, conversations=20) if len(told.people(12)) > 1)
     pair = sorted({item.name for item in told.rounds if item.name})[:2]
-    text = raised(lambda: personalization.rename_everybody(told, {pair[0]: pair[1]}), ConversationError)
+    text = raised(lambda: name_controls.rename_everybody(told, {pair[0]: pair[1]}), ConversationError)
     assert text == f"conversation {told.id!r}: two people would be called {pair[1]!r}"
 
 
@@ -287,7 +287,7 @@ def test_shuffled_names_do_not_say_who_and_pictures_stay() -> None:
     right, total = 0, 0
     made = personalization.probe_conversations(SOURCE, config(conversations=150), people=3, delay=1)
     for number, told in enumerate(made):
-        shuffled = personalization.shuffle_names(told, torch.Generator().manual_seed(number))
+        shuffled = name_controls.shuffle_names(told, torch.Generator().manual_seed(number))
         for before, after in zip(told.rounds, shuffled.rounds, strict=True):
             if before.kind != "recall":
                 assert after == before

@@ -136,7 +136,7 @@ def test_parts_add_up_and_each_reads_its_own_pictures(trained: tuple[Run, Path, 
     optim = stage.optim.model_copy(update={"batch_size": 13, "parts": 1})
     stage = stage.model_copy(update={"predicted_history": 0.0, "supervision": "packed", "optim": optim})
     sets = {"rollback": StoredSet(run.path("data", "rollback"))}
-    batch = stage_batches(stage, sets, system.template, 0)(3)
+    batch = stage_batches(run.params, stage, sets, system.template, 0)(3)
     encoded: list[int] = []
     system.vit.register_forward_hook(lambda module, pixels, out: encoded.append(len(pixels[0])))
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_parts_add_up_and_each_reads_its_own_pictures(trained: tuple[Run, Path, 
     torch.testing.assert_close(torch.stack(pieces).sum(0), together, rtol=1e-4, atol=1e-4)
     assert everything == batch["images"].shape[:2].numel() == sum(encoded) - everything
     assert set(dict(reader.named_parameters())) == {f"agent.{name}" for name, _ in system.agent.named_parameters()}
-    again = stage_batches(stage, sets, system.template, 0)(3)
+    again = stage_batches(run.params, stage, sets, system.template, 0)(3)
     assert torch.equal(again["images"], batch["images"])
 
 
@@ -164,7 +164,7 @@ def test_one_batch_is_overfitted(trained: tuple[Run, Path, list[Any]]) -> None:
     assert system.vit is not None
     stage = run.params.stage("rollback").model_copy(update={"predicted_history": 0.0})
     stored = StoredSet(run.path("data", "rollback"))
-    batch = stage_batches(stage, {"rollback": stored}, system.template, 0)(1)
+    batch = stage_batches(run.params, stage, {"rollback": stored}, system.template, 0)(1)
     reader = PictureReader(system.agent.requires_grad_(True), system.vit)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
     images = []
@@ -186,7 +186,8 @@ def test_what_is_trained_is_kept_in_32_bits(trained: tuple[Run, Path, list[Any]]
     seedx_training._prepare(system.agent, stage)
     kinds = {(p.requires_grad, p.dtype) for p in system.agent.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-    batch = stage_batches(stage, {"rollback": StoredSet(run.path("data", "rollback"))}, system.template, 0)(3)
+    sets = {"rollback": StoredSet(run.path("data", "rollback"))}
+    batch = stage_batches(run.params, stage, sets, system.template, 0)(3)
     with torch.autocast("cpu", torch.bfloat16):
         losses = PictureReader(system.agent, system.vit)(**batch)
     losses.total.backward()
@@ -198,7 +199,8 @@ def test_what_is_trained_is_kept_in_32_bits(trained: tuple[Run, Path, list[Any]]
 def test_predictions_enter_the_history_by_a_ramp(trained: tuple[Run, Path, list[Any]]) -> None:
     run, *_ = trained
     stage = run.params.stage("rollback")
-    batch_at = stage_batches(stage, {"rollback": StoredSet(run.path("data", "rollback"))}, seedx_toy.template(), 0)
+    sets = {"rollback": StoredSet(run.path("data", "rollback"))}
+    batch_at = stage_batches(run.params, stage, sets, seedx_toy.template(), 0)
     late = [batch_at(step)["replaced"] for step in range(stage.optim.steps - 1, 40)]
     assert batch_at(0)["replaced"] is None
     shares = torch.cat([replaced.float().flatten() for replaced in late])
