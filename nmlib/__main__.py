@@ -84,6 +84,13 @@ def train(
     params: ParamsOption = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Added to the run's seed, for intervals over seeds.")] = 0,
     weights: WeightsOption = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the VAE that `detokenizer` draws with, for params like `paper`; by default `vae` "
+            "in the run's folder."
+        ),
+    ] = None,
 ) -> None:
     """Train one stage with all it starts from; under `accelerate launch` in several processes."""
     from nmlib import jobs  # loads the model libraries, which takes seconds
@@ -92,7 +99,7 @@ def train(
 
     opened = Project.find().open(params)
     try:
-        history = jobs.train_one(opened, stage, seed, weights)
+        history = jobs.train_one(opened, stage, seed, weights, vae)
     except (CheckpointError, ValueError, FloatingPointError) as error:
         raise RunError(str(error)) from None
     if processes().is_main_process:

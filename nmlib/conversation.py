@@ -8,6 +8,7 @@ same object is a row of the data set, the ground truth of the benchmark, and the
 
 import contextlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -196,13 +197,17 @@ def validate_round(item: Round, index: int, where: str) -> None:
             if index
             else f"{where}: kind {item.kind!r} cannot open a conversation; expected one of {', '.join(ROOTS)}"
         )
-    if item.face is not None:
-        left, top, right, bottom = item.face
-        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise ConversationError(
-                f"{where}: field 'face' is {list(item.face)}; expected left < right and top < bottom from 0 to 1"
-            )
+    if item.face is not None and not _is_box(item.face):
+        raise ConversationError(
+            f"{where}: field 'face' is {list(item.face)}; expected left < right and top < bottom from 0 to 1"
+        )
     _validate_name(item, where)
+
+
+def _is_box(numbers: Sequence[object]) -> bool:
+    """Whether these are left, top, right and bottom as shares of a picture."""
+    shares = [number for number in numbers if isinstance(number, int | float) and 0 <= number <= 1]
+    return len(shares) == len(numbers) == 4 and shares[0] < shares[2] and shares[1] < shares[3]
 
 
 def _validate_name(item: Round, where: str) -> None:

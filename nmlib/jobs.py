@@ -6,7 +6,7 @@ Files and keys are those of the notebooks, which find what was made here and do 
 from collections.abc import Iterable
 from pathlib import Path
 
-from nmlib import codec, curriculum, data, experiments, seedx_training
+from nmlib import codec, curriculum, data, experiments, latent_training, seedx_training
 from nmlib.config import StageConfig
 from nmlib.runtime import Run, RunError
 from nmlib.train import History
@@ -14,17 +14,21 @@ from nmlib.train import History
 ENCODER, DETOKENIZER = "encoder", "detokenizer"
 
 
-def train_one(run: Run, name: str, seed: int = 0, weights: Path | None = None) -> History:
+def train_one(run: Run, name: str, seed: int = 0, weights: Path | None = None, vae: Path | None = None) -> History:
     """Train encoder, detokenizer or a stage, before it whatever it needs; what is made already is left as it is.
 
-    A params file with a `seedx:` block trains SEED-X's own class, which begins with released weights.
+    A params file with a `seedx:` block trains SEED-X's own class, which begins with released weights, and the
+    detokenizer on latents (`latent_training`).
 
     Args:
         run: takes the files.
-        name: `encoder`, `detokenizer` or the name of a stage.
+        name: `encoder`, `detokenizer` or the name of a stage; with `seedx:` also `detokenizer-faces` and
+            `detokenizer-predicted`, but no encoder, which is SEED-X's own.
         seed: added to the run's seed; of stages only.
         weights: folder of SEED-X's weights, with the encoder in it or beside it; of `seedx:` only, by default
             `weights` in the run's folder.
+        vae: folder of the VAE whose latents the detokenizer draws; of `seedx:` only, by default `vae` in the run's
+            folder.
 
     Returns:
         Loss history.
@@ -34,9 +38,12 @@ def train_one(run: Run, name: str, seed: int = 0, weights: Path | None = None) -
         CheckpointError: SEED-X's weights are missing.
     """
     if run.params.seedx is not None:
-        return _train_seedx(run, name, seed, weights)
-    if weights is not None:
-        raise RunError(f"--weights {weights}: {run.params.name} has no `seedx:` block, its models begin with nothing")
+        return _train_seedx(run, name, seed, weights, vae)
+    for option, given in (("weights", weights), ("vae", vae)):
+        if given is not None:
+            raise RunError(
+                f"--{option} {given}: {run.params.name} has no `seedx:` block, its models begin with nothing"
+            )
     stages = _with_earlier(run, name) if name not in (ENCODER, DETOKENIZER) else []
     _require_drawn(run, {part for stage in stages for part in stage.data})
     source = data.open_source(run.params.source)
@@ -48,10 +55,13 @@ def train_one(run: Run, name: str, seed: int = 0, weights: Path | None = None) -
     return history
 
 
-def _train_seedx(run: Run, name: str, seed: int, weights: Path | None) -> History:
-    if name in (ENCODER, DETOKENIZER):
-        raise RunError(f"{run.params.name}: SEED-X's {name} comes with its weights; name a stage")
-    stages, folder = _with_earlier(run, name), seedx_training.weights_folder(run, weights)
+def _train_seedx(run: Run, name: str, seed: int, weights: Path | None, vae: Path | None) -> History:
+    if name == ENCODER:
+        raise RunError(f"{run.params.name}: SEED-X's encoder comes with its weights; name a stage or a detokenizer")
+    folder = seedx_training.weights_folder(run, weights)
+    if name in latent_training.BEFORE:
+        return latent_training.train_detokenizer(run, name, folder, vae)
+    stages = _with_earlier(run, name)
     _require_drawn(run, {part for stage in stages for part in stage.data})
     return [seedx_training.train_stage(run, stage.name, folder, seed) for stage in stages][-1]
 

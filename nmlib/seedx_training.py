@@ -5,7 +5,7 @@ tokens of all would fill a disk, and the result is a folder in the Hugging Face 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,11 +238,16 @@ def _fingerprint(run: Run, stage: StageConfig, before: Path) -> str:
     Of a stage before it the key of its training; else names and sizes of files, whose content is tens of gigabytes.
     """
     files = [run.path("data", name, "rounds.parquet") for name in stage.data]
+    told: list[str] = []
     if (before / NOTES).is_file():
         told = [str(read_json(before / NOTES)["key"])]
     else:
-        told = []
         parts = ["tuned"] if find_part(before, "tuned") else ["llm", "agent"]
         files += [file for part in parts for file in weight_files(require_part(before, part))]
-    told += [f"{file.name} {file.stat().st_size}" for file in files]
-    return hashlib.blake2b("\n".join(told).encode(), digest_size=8).hexdigest()
+    return fingerprint(files, told)
+
+
+def fingerprint(files: Sequence[Path], told: Sequence[str] = ()) -> str:
+    """What identifies files whose content is too large to be read for it: their names and sizes, and what is told."""
+    lines = [*told, *(f"{file.name} {file.stat().st_size}" for file in files)]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()

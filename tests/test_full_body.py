@@ -120,6 +120,7 @@ def test_recalls_become_requests_for_the_whole_body() -> None:
     changed = with_full_bodies([told], made, 1.0, 0, "train")[0].validate()
     assert changed.rounds[1].named == ("framing",) and "anna" in changed.rounds[1].instruction
     assert changed.images is not None and changed.images[1, :, 8, 8].tolist() == list(DARK_RED)
+    assert changed.rounds[1].face == (0.0, 2 / SIDE, 8 / SIDE, 10 / SIDE), "where the face of the new picture is"
     assert told.images is not None and told.images[1, :, 8, 8].tolist() == list(RED), "the old one is as it was"
     assert with_full_bodies([told], made, 0.0, 0, "train") == [told]
     followed = introduced(Round("make it dark", "edit", 1))

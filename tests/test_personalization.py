@@ -14,13 +14,14 @@ from toy import raised
 
 from nmlib import layout, name_controls, personalization, phrases
 from nmlib.config import PeopleConfig
-from nmlib.conversation import Conversation, ConversationError
+from nmlib.conversation import Conversation, ConversationError, Round
 from nmlib.face_region import GREY
-from nmlib.folder_clips import FolderClips
+from nmlib.folder_clips import BOXES, FolderClips
 from nmlib.layout import Template
 from nmlib.names import NAMES, names
 from nmlib.people import PeopleSource
 from nmlib.rollback import is_heldout_state
+from nmlib.runtime import write_json
 from nmlib.sources import attribute_index
 from nmlib.world import is_heldout
 from nmlib.world_portrait import IDENTITY, SUBJECT
@@ -311,6 +312,31 @@ def folder(tmp_path: Path) -> FolderClips:
         for frame in range(3):
             Image.new("RGB", (8, 8), (number, frame, 7)).save(tmp_path / f"id{number:02d}" / f"{frame}.png")
     return FolderClips(tmp_path, 8)
+
+
+@pytest.mark.parametrize("pairing", ["same", "masked", "paired"])
+def test_rounds_of_clips_say_where_the_face_is(folder: FolderClips, pairing: str) -> None:
+    """Every frame has a face of its own place; a face that fills the last of four tokens weighs 3 beside 1, 1 and 1."""
+    boxes = [(0.5, 0.5, 1.0, 1.0), (0.0, 0.0, 0.25, 0.25), (0.25, 0.5, 0.5, 0.75)]
+    for person in folder.people:
+        write_json(person / BOXES, {f"{frame}.png": box for frame, box in enumerate(boxes)})
+    made = personalization.build_conversations(folder, config(pairing, people=(1,)), seed=0, split="train")
+    seen = set()
+    for told in made:
+        assert told.images is not None
+        weights = personalization.face_weights(SOURCE, 4, 3.0)(told)
+        for index, item in enumerate(told.rounds):
+            if pairing != "masked" or item.kind != "introduce":
+                assert item.face == boxes[int(told.images[index, 1, 0, 0])]
+            if item.face == boxes[0]:
+                torch.testing.assert_close(weights[index], torch.tensor([1.0, 1.0, 1.0, 3.0]) / 1.5)
+            seen.add(item.face)
+    assert seen == set(boxes)
+
+
+def test_a_round_without_a_face_weighs_all_tokens_alike() -> None:
+    told = Conversation("c", "clips", (Round("this is ada", "introduce", name="ada"),))
+    assert torch.equal(personalization.found_face_weights(told, 9, 5.0), torch.ones(1, 9))
 
 
 @pytest.mark.parametrize("pairing", ["same", "paired"])

@@ -39,6 +39,8 @@ def write_params(folder: Path, **changes: Any) -> Run:
     for settings in [*raw["data"].values(), *raw["people"].values()]:
         settings |= {"conversations": 60}
     stages = [stage | {"optim": stage["optim"] | optim} for stage in raw["stages"]]
+    for part in ("faces", "predicted"):
+        raw["tuning"][part] |= optim
     raw |= {
         "name": "toy",
         "threads": 1,
@@ -242,7 +244,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     text = raised(lambda: jobs.train_one(run, "base", weights=tmp_path / "none"), CheckpointError)
     assert text.endswith("give theirs with --weights")
     text = raised(lambda: jobs.train_one(run, "encoder", weights=tmp_path), RunError)
-    assert text == "toy: SEED-X's encoder comes with its weights; name a stage"
+    assert text == "toy: SEED-X's encoder comes with its weights; name a stage or a detokenizer"
     text = raised(lambda: jobs.train_one(run, "rollback", weights=tmp_path), RunError)
     assert "`python -m nmlib data import FOLDER --params toy --name base`" in text
     text = raised(lambda: open_stage(run, "base", tmp_path), CheckpointError)

@@ -50,7 +50,8 @@ def trees(draw: st.DrawFn, id_: str = "c") -> Conversation:
         text = f"{draw(WORDS)} {name}" if name else draw(WORDS)
         named = tuple(draw(st.lists(WORDS, max_size=2)))
         reference = draw(st.sampled_from(REFERENCES))
-        rounds.append(Round(text, kind, base, edit, reference, values, subject, name, named))  # type: ignore[arg-type]
+        face = draw(st.none() | st.just((0.0, 0.25, 0.5, 1.0)))
+        rounds.append(Round(text, kind, base, edit, reference, values, subject, name, named, face))  # type: ignore[arg-type]
     images = None
     if draw(st.booleans()):
         seed = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -159,6 +160,13 @@ def error(dataset: datasets.Dataset) -> str:
             7,
             {"kind": "recall", "name": "over"},
             "row 7: field 'name' is 'over', whom nobody introduced; names known: none yet",
+        ),
+        (3, {"face": [0.5, 0.0, 0.25, 1.0]}, "row 3: field 'face' is [0.5, 0.0, 0.25, 1.0]; expected left < right and"),
+        (3, {"face": [0.0, 0.0, 1.0, 1.5]}, "row 3: field 'face' is [0.0, 0.0, 1.0, 1.5]; expected left < right and"),
+        (
+            3,
+            {"face": [0.0, 1.0]},
+            "row 3: field 'face' is [0.0, 1.0]; expected left < right and top < bottom from 0 to 1",
         ),
         (5, {"image": None}, "row 5: field 'image' is empty; expected one in every round of 'second' or in none"),
     ],

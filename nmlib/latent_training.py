@@ -1,0 +1,196 @@
+"""Training the full-size detokenizer on data sets that were brought: general pictures, people, predicted tokens.
+
+The three steps are those of the small size (`codec`, `detokenizer_tuning`). The frozen encoder reads the pictures, and
+the average of each four of its tokens, which is what SEED-X predicts, is what the transformer learns to draw.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmlib import checkpoint, data, runtime, train
+from nmlib.batches import set_settings
+from nmlib.config import OptimConfig, Settings
+from nmlib.curriculum import model_name
+from nmlib.detokenizer import DetokenizerLosses
+from nmlib.detokenizer_tuning import tuning_settings
+from nmlib.latent_detokenizer import LatentDetokenizer, latent_detokenizer
+from nmlib.layout import Layout
+from nmlib.runtime import Run
+from nmlib.seedx_checkpoint import load_vit, require_part
+from nmlib.seedx_files import weight_files
+from nmlib.seedx_training import NOTES, PictureReader, fingerprint, fits, open_stage, to_clip
+from nmlib.seedx_vision import QwenViT, pool_tokens
+from nmlib.stored_sets import StoredSet
+from nmlib.train import History, Part
+
+GENERAL, FACES, PREDICTED = "detokenizer", "detokenizer-faces", "detokenizer-predicted"
+BEFORE = {GENERAL: None, FACES: GENERAL, PREDICTED: FACES}  # what each step goes on from
+VAE = "vae"  # in a run's folder, or a link to it
+
+
+class PictureDrawer(nn.Module):
+    """A detokenizer that is given pictures: what it reads of them comes from a frozen encoder, or a frozen model.
+
+    Args:
+        detokenizer: is trained.
+        reader: is no part of this module: the encoder, or a model with its encoder, whose predictions are drawn.
+    """
+
+    def __init__(self, detokenizer: LatentDetokenizer, reader: QwenViT | PictureReader) -> None:
+        super().__init__()
+        self.detokenizer = detokenizer
+        self._reader: list[Any] = [reader]
+
+    def forward(self, images: Tensor, layout: Layout | None = None) -> DetokenizerLosses:
+        """Losses of a batch; see `Detokenizer.forward`.
+
+        Args:
+            images: uint8 (P, 3, H, W), or with a layout (B, R, 3, H, W).
+            layout: conversations, of which the pictures that are asked for are drawn from what is predicted of them.
+        """
+        self._reader[0] = reader = self._reader[0].to(images.device)
+        if layout is not None:
+            return self.detokenizer(*predicted_pairs(reader, layout, images))
+        with torch.no_grad():
+            encoded = reader(to_clip(images).to(reader.proj.dtype)).float()  # (P, M, D_feature)
+        tokens = pool_tokens(encoded, self.detokenizer.null.shape[0])  # (P, N, D_feature)
+        return self.detokenizer(tokens, images.float() / 255)
+
+
+@torch.no_grad()
+def predicted_pairs(reader: PictureReader, layout: Layout, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What SEED-X predicts for every picture that it is asked for, beside the picture.
+
+    The history that it reads is what it predicted itself from the true one, as in training.
+
+    Args:
+        reader: model and encoder.
+        layout: `packed`, of B conversations of R rounds or some rows of it.
+        images: uint8 (B, R, 3, H, W).
+
+    Returns:
+        Tokens (Q, N, D_feature) and pictures (Q, 3, H, W) in [0, 1].
+    """
+    agent, read = reader.agent, reader.encode(layout, images)  # (B, R, M, D_feature)
+    asked, made = (layout.queries[:, 0], layout.queries[:, 1]), torch.zeros(0)
+    for _ in range(2):
+        made = agent.predict(layout, read[layout.history[:, 0], layout.history[:, 1]]).images.float()
+        read[asked] = agent.to_history(made).to(read)  # (Q, M, D_feature)
+    return made, images[asked].float() / 255
+
+
+def split(batch: Mapping[str, Any], parts: int) -> list[Part]:
+    """Cut a batch into parts, each weighted by the pictures that it draws."""
+    if "layout" not in batch:
+        return train.split_rows(batch, parts)
+    runs = train.cut_rows(len(batch["layout"].input_ids), parts)
+    pieces = [batch["layout"].rows(*rows) for rows in runs]
+    count = len(batch["layout"].queries)
+    return [Part({**batch, "layout": piece}, len(piece.queries) / count) for piece in pieces]
+
+
+def picture_batches(sets: Mapping[str, StoredSet], optim: OptimConfig, seed: int) -> Callable[[int], dict[str, Any]]:
+    """Pictures of data sets, each as often as it has conversations; a pure function of the step."""
+    names, sizes = list(sets), torch.tensor([float(len(part)) for part in sets.values()])
+
+    def batch_at(step: int) -> dict[str, Any]:
+        name = names[int(torch.multinomial(sizes, 1, generator=data.step_generator(seed, step)))]
+        told = sets[name].batch(step, optim.batch_size, seed + 1)
+        return {"images": torch.cat([c.images for c in told if c.images is not None])}  # (P, 3, H, W)
+
+    return batch_at
+
+
+def train_detokenizer(run: Run, name: str, weights: Path, vae: Path | None = None) -> History:
+    """Train one step of the full-size detokenizer; writes `<name>.safetensors`. What is made already is left.
+
+    Args:
+        run: holds params, imported data sets and, for PREDICTED, the trained stage.
+        name: GENERAL, FACES or PREDICTED; the steps before it are trained first.
+        weights: folder that SEED-X released, with the encoder.
+        vae: folder of the VAE; by default `vae` in the run's folder.
+
+    Raises:
+        CheckpointError: weights, VAE or stage are missing or do not fit.
+        ValueError: no data set was imported, or `tuning:` is missing.
+    """
+    folder = vae or run.path(VAE)
+    if (before := BEFORE[name]) is not None:
+        train_detokenizer(run, before, weights, vae)
+    sets, optim, settings = _plan(run, name)
+    key = _key(run, name, weights, folder, settings)
+    path = run.path(f"{name}.safetensors")
+    if (made := train.made(path, key)) is not None:
+        return made
+    seedx = run.params.seedx
+    assert seedx is not None
+    torch.manual_seed(run.params.seed)
+    sizes = (seedx.vision.image_size, seedx.queries, seedx.vision.feature_dim)
+    module, metadata = latent_detokenizer(run.params.detokenizer, *sizes, folder)
+    if before is not None:
+        start = run.path(f"{before}.safetensors")
+        checkpoint.load_into(module, checkpoint.load(start)[0], str(start))
+    drawer, batch_at = _begin(run, name, module, weights, sets, optim)
+    history = train.run_training(run, name, drawer, batch_at, optim, run.params.seed, key, split)
+    train.finish(run, name, module.state_dict(), {**metadata, "history": history, "key": key})
+    return history
+
+
+def _plan(run: Run, name: str) -> tuple[list[str], OptimConfig, list[Settings]]:
+    """Data sets and schedule of a step, and all settings that it depends on."""
+    params = run.params
+    if name == GENERAL:
+        known = [*params.data, *params.people]
+        sets = [part for part in known if run.path("data", part, "rounds.parquet").is_file()]
+        if not sets:
+            raise ValueError(
+                f"{params.name}: none of the data sets {known} was imported; "
+                f"`python -m nmlib data import FOLDER --params {params.name} --name {known[0]}`"
+            )
+        return sets, params.detokenizer.optim, [params.detokenizer]
+    tuning = tuning_settings(run)
+    return [tuning.data], tuning.faces if name == FACES else tuning.predicted, [params.detokenizer, tuning]
+
+
+def _begin(
+    run: Run, name: str, module: LatentDetokenizer, weights: Path, names: list[str], optim: OptimConfig
+) -> tuple[PictureDrawer, Callable[[int], dict[str, Any]]]:
+    """The module that is trained, and its batches."""
+    seedx, seed, paths = run.params.seedx, run.params.seed + 2, [run.path("data", part) for part in names]
+    assert seedx is not None
+    if name != PREDICTED:
+        sets = {part: StoredSet(path) for part, path in zip(names, paths, strict=True)}
+        vit = load_vit(weights, seedx, runtime.compute_dtype(run.params.precision))
+        return PictureDrawer(module, vit), picture_batches(sets, optim, seed)
+    if seedx.history != "repeat":
+        raise ValueError(
+            f"{run.params.name}: {PREDICTED} puts predictions in the places of encoded pictures, so seedx.history must "
+            f"be 'repeat'; it is {seedx.history!r}"
+        )
+    system = open_stage(run, tuning_settings(run).stage, weights)
+    assert system.vit is not None
+    stored = StoredSet(paths[0], fits(system.template))
+
+    def batch_at(step: int) -> dict[str, Any]:
+        told = stored.batch(step, optim.batch_size, seed)
+        images = torch.stack([c.images for c in told if c.images is not None])  # (B, R, 3, H, W)
+        return {"layout": system.template.packed(told), "images": images}
+
+    return PictureDrawer(module, PictureReader(system.agent, system.vit).eval()), batch_at
+
+
+def _key(run: Run, name: str, weights: Path, vae: Path, settings: list[Settings]) -> str:
+    """Identifies what a step gives: settings, code, and the files that it reads."""
+    sets, _, _ = _plan(run, name)
+    files = [run.path("data", part, "rounds.parquet") for part in sets]
+    files += [*weight_files(require_part(weights, "vit")), *sorted(vae.glob("*.safetensors"))]
+    told = [str(checkpoint.load(run.path(f"{before}.safetensors"))[1]["key"])] if (before := BEFORE[name]) else []
+    if name == PREDICTED:
+        notes = run.path(model_name(tuning_settings(run).stage)) / NOTES
+        told.append(str(runtime.read_json(notes)["key"]) if notes.is_file() else "")
+    parts = [*settings, *(set_settings(run.params, part) for part in sets)]
+    return "-".join([train.training_key(run, "latent_training", 0, *parts), fingerprint(files, told)])
