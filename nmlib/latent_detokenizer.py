@@ -15,6 +15,7 @@ from nmlib import checkpoint
 from nmlib.checkpoint import CheckpointError
 from nmlib.config import DetokenizerConfig
 from nmlib.detokenizer import Detokenizer
+from nmlib.seedx import count_parameters
 from nmlib.seedx_detokenizer import load_vae
 
 
@@ -114,3 +115,11 @@ def load_latent_detokenizer(path: Path, folder: Path) -> LatentDetokenizer:
     if own["latents"] != metadata["latents"]:
         raise CheckpointError(f"{folder}: a VAE of {own['latents']}; {path} was trained with {metadata['latents']}")
     return checkpoint.freeze(module, tensors, path)
+
+
+def count_latent(
+    settings: DetokenizerConfig, image_size: int, tokens: int, feature_dim: int, channels: int = 4, shrink: int = 8
+) -> int:
+    """Numbers of a detokenizer, counted on the meta device; `channels` and `shrink` are those of SDXL's VAE."""
+    with torch.device("meta"):
+        return count_parameters(Detokenizer(settings, image_size // shrink, tokens, feature_dim, channels))

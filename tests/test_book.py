@@ -168,6 +168,10 @@ def test_every_module_is_on_one_page_of_the_api_and_every_page_is_listed() -> No
     assert sorted(listed) == sorted(modules), "give each module a section on one page of book/api/"
     toc = (ROOT / "book" / "_toc.yml").read_text(encoding="utf-8")
     assert set(re.findall(r"file: api/(\w+)", toc)) == set(pages)
+    for page, modules_named in re.findall(r"^\| \{doc\}`(\w+)` \|.*\| (.*) \|$", pages.pop("index"), re.MULTILINE):
+        shown = re.findall(r"^## `(\w+)`", pages.pop(page), re.MULTILINE)
+        assert re.findall(r"`(\w+)`", modules_named) == shown, f"book/api/index.md: modules of {page}"
+    assert pages == {}
 
 
 def test_strict_book_refuses_a_warning(book_root: Path) -> None:

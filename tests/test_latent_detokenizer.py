@@ -9,11 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 from toy import raised
 
-from nmlib import checkpoint
+from nmlib import checkpoint, config
 from nmlib.checkpoint import CheckpointError
 from nmlib.config import DetokenizerConfig, OptimConfig
 from nmlib.detokenizer import TokenDecoder
-from nmlib.latent_detokenizer import LatentDetokenizer, latent_detokenizer, load_latent_detokenizer
+from nmlib.latent_detokenizer import LatentDetokenizer, count_latent, latent_detokenizer, load_latent_detokenizer
 
 SIDE, TOKENS, WIDTH = 28, 4, 12
 SETTINGS = DetokenizerConfig(
@@ -121,3 +121,11 @@ def test_a_file_draws_the_same_with_its_vae_alone(tmp_path: Path) -> None:
     checkpoint.save(path, made.state_dict(), metadata)
     text = raised(lambda: load_latent_detokenizer(path, tmp_path / "vae"), CheckpointError)
     assert text == f"{path}: draws pixels and needs no VAE; load it with `codec.load_detokenizer`"
+
+
+def test_the_size_of_the_paper_is_counted_without_memory() -> None:
+    """28 layers of width 1152, as in PixArt, are 611 M numbers; the condition adds about one in a hundred."""
+    paper = config.load(Path(__file__).parent.parent / "params" / "paper.yaml")
+    assert 1.0 < count_latent(paper.detokenizer, 448, 64, 4096) / 611e6 < 1.01
+    small = sum(p.numel() for p in detokenizer().parameters())
+    assert count_latent(SETTINGS, SIDE, TOKENS, WIDTH, channels=4, shrink=2) == small
