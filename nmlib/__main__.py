@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from nmlib import config, records
+from nmlib.data_commands import ParamsOption, data_app
 from nmlib.pipeline import Project, run_notebooks
 from nmlib.runtime import Run, RunError
 
@@ -41,7 +42,7 @@ app = typer.Typer(
 )
 checkpoints = typer.Typer(help="Look into weights.", no_args_is_help=True)
 app.add_typer(checkpoints, name="checkpoint")
-ParamsOption = Annotated[str, typer.Option("--params", help="Name of a file in params/, or the path of one.")]
+app.add_typer(data_app, name="data")
 WeightsOption = Annotated[
     Path | None,
     typer.Option(help="Folder of SEED-X's weights, for params like `paper`; by default `weights` in the run's folder."),
@@ -80,7 +81,10 @@ def _summary(opened: Run) -> str:
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Option(help="Stage of the params file, or `encoder` or `detokenizer`.")],
+    stage: Annotated[
+        str,
+        typer.Option(help="Stage of the params file, `encoder`, `detokenizer`; `-faces` and `-predicted` for `paper`."),
+    ],
     params: ParamsOption = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Added to the run's seed, for intervals over seeds.")] = 0,
     weights: WeightsOption = None,
@@ -271,88 +275,6 @@ def bench(
     if not quick:
         benchmark.record(opened, report)
     typer.echo(benchmark.table(report))
-
-
-data_app = typer.Typer(help="Look at data sets on disk.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(data_app, name="data")
-
-
-@data_app.command("inspect")
-def inspect_data(
-    path: Annotated[Path, typer.Argument(help="Folder of a data set, or MagicBrush's test zip.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Read so many rows at most.")] = None,
-    pictures: Annotated[
-        bool, typer.Option(help="Open every picture, so that damaged ones are counted; otherwise only tables.")
-    ] = True,
-    password: Annotated[str | None, typer.Option(help="Of a zip file.")] = None,
-) -> None:
-    """Say what a data set is: size, rounds, bad rows by reason, and how Markov it is."""
-    from nmlib.inspection import inspect_path
-    from nmlib.readers import ReadError
-
-    try:
-        found = inspect_path(path, limit=limit, pictures=pictures, password=password)
-    except ReadError as error:
-        raise RunError(str(error)) from None
-    typer.echo("\n\n".join("\n".join(findings.lines()) for findings in found))
-
-
-@data_app.command("clips")
-def clips_of(
-    paths: Annotated[list[Path], typer.Argument(help="Videos or folders of pictures, one person in each.")],
-    to: Annotated[
-        Path,
-        typer.Option(
-            help="Folder that gets a folder of frames for every person. It is replaced as a whole, so it must be new, "
-            "empty, or of earlier people (with manifest.json), and hold none of the inputs."
-        ),
-    ],
-    size: Annotated[int, typer.Option(min=16, help="Pixels a side of the frames.")] = 448,
-    zoom: Annotated[float, typer.Option(min=1, help="Side of a frame over the side of the face in it.")] = 2.0,
-    min_frames: Annotated[int, typer.Option(min=2, max=64, help="Fewest frames of a person that is kept.")] = 4,
-) -> None:
-    """Cut people out of videos: frames with one face that is not somebody else's; `data import` makes them talk."""
-    from nmlib.clips import build_clips, check_target, write_clips
-    from nmlib.config import ClipConfig
-    from nmlib.faces import DlibEmbedder, FaceDetector
-    from nmlib.frames import ClipError
-    from nmlib.identity import IdentityError
-
-    try:
-        check_target(to, paths)
-        manifest = build_clips(paths, ClipConfig(min_frames=min_frames), FaceDetector(), DlibEmbedder())
-        write_clips(manifest, to, size, zoom)
-    except (ClipError, IdentityError) as error:
-        raise RunError(str(error)) from None
-    typer.echo(f"clips: {manifest.clip_counts}; frames: {manifest.frame_counts}; see {to / 'manifest.json'}")
-
-
-@data_app.command("import")
-def import_data(
-    paths: Annotated[list[Path], typer.Argument(help="Folders of editing data sets.")],
-    name: Annotated[str, typer.Option(help="Data set of the params file that they become.")],
-    params: ParamsOption = "paper",
-    max_rejected: Annotated[float, typer.Option(min=0, max=1, help="Share of bad rows that is accepted.")] = 0.05,
-    password: Annotated[str | None, typer.Option(help="Of a zip file.")] = None,
-    pipeline: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a diffusers pipeline: new edits, or whole bodies of faces."),
-    ] = None,
-) -> None:
-    """Make data sets on disk into one of a params file: chains of edits, with rollbacks where it asks for them."""
-    from nmlib.archives import ArchiveError
-    from nmlib.conversation import ConversationError
-    from nmlib.full_body import FullBodyError
-    from nmlib.identity import IdentityError
-    from nmlib.imports import import_set
-    from nmlib.readers import ReadError
-
-    opened = Project.find().open(params)
-    try:
-        found = import_set(opened, name, paths, max_rejected=max_rejected, password=password, pipeline=pipeline)
-    except (ReadError, ArchiveError, ConversationError, FullBodyError, IdentityError) as error:
-        raise RunError(str(error)) from None
-    typer.echo("\n".join(found.lines()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

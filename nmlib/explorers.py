@@ -9,7 +9,8 @@ A live `ConversationExplorer` is told what to do by custom messages:
     {"type": "say", "text": ...}                  {"type": "branch", "id": ..., "text": ...}
     {"type": "undo"}    {"type": "go_to", "id": ...}    {"type": "choose", "index": ...}
 
-and answers by its traits `data`, `chosen`, `busy` and `message` (an error in words, or empty).
+and answers by its traits `data`, `chosen`, `busy`, `progress` (what it is at, and how many steps are done of how many)
+and `message` (an error in words, or empty).
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from nmlib.conversation import ConversationError
 from nmlib.recordings import DriftConversation, ExplorerError, ExplorerState, IdentityState, SessionRecorder
 
 FRONT = Path(__file__).parent / "front"
+ANSWER = "The model answers"
 _HTML = "text/html"
 _numbers = itertools.count()
 
@@ -89,6 +91,7 @@ class ConversationExplorer(Explorer):
     chosen = traitlets.Int(0).tag(sync=True)
     live = traitlets.Bool(False).tag(sync=True)
     busy = traitlets.Bool(False).tag(sync=True)
+    progress = traitlets.Dict().tag(sync=True)
     message = traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, conversations: Sequence[ExplorerState | SessionRecorder]) -> None:
@@ -107,11 +110,11 @@ class ConversationExplorer(Explorer):
 
     def shown(self) -> dict[str, Any]:
         """The values of the static version, in which nothing claims to have a kernel."""
-        return {"data": self.data, "chosen": self.chosen, "live": False, "busy": False, "message": ""}
+        return {"data": self.data, "chosen": self.chosen, "live": False, "busy": False, "progress": {}, "message": ""}
 
     def _hear(self, _: object, content: Mapping[str, Any], buffers: object) -> None:
         """Do what a message of the front end asks, and show errors where they happen."""
-        self.message, self.busy = "", True
+        self.message, self.progress, self.busy = "", {}, True
         try:
             self._obey(content)
         except (ConversationError, CacheError, ExplorerError) as error:
@@ -121,9 +124,14 @@ class ConversationExplorer(Explorer):
             raise
         finally:
             if self._recorders:
-                self._states[self.chosen] = self._recorders[self.chosen].state()
+                self._states[self.chosen] = self._recorders[self.chosen].state(self._report)
                 self.data = self._data()
-            self.busy = False
+            self.busy, self.progress = False, {}
+
+    def _report(self, what: str) -> None:
+        """Say what a request for a picture is at; the answer of the model is the first of its steps."""
+        steps = self._recorders[self.chosen].steps
+        self.progress = {"what": what, "done": min(self.progress.get("done", -1) + 1, steps - 1), "steps": steps}
 
     def _obey(self, content: Mapping[str, Any]) -> None:
         if not self._recorders:
@@ -131,8 +139,10 @@ class ConversationExplorer(Explorer):
         session = self._recorders[self.chosen].session
         match content:
             case {"type": "say", "text": str(text)}:
+                self._report(ANSWER)
                 session.say(text)
             case {"type": "branch", "id": int(id_), "text": str(text)}:
+                self._report(ANSWER)
                 session.branch(id_, text)
             case {"type": "undo"}:
                 session.undo()

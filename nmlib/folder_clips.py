@@ -86,4 +86,12 @@ class FolderClips:
             raise ConversationError(
                 f"{path}: no box of four numbers for {missing[0]}; expected [left, top, right, bottom]"
             )
-        return torch.tensor([known[file.name] for file in files]).clamp(0, 1) * self.image_size  # (F, 4)
+        boxes = torch.tensor([known[file.name] for file in files]).clamp(0, 1)  # (F, 4)
+        empty = (boxes[:, :2] >= boxes[:, 2:]).any(1).nonzero().flatten().tolist()
+        if empty:
+            name = files[empty[0]].name
+            raise ConversationError(
+                f"{path}: the box of {name} is {known[name]}; expected left < right and top < bottom as shares of the "
+                "picture, from 0 to 1"
+            )
+        return boxes * self.image_size  # (F, 4)

@@ -175,7 +175,10 @@ def _trainable(path: Path, size: int | None, password: str | None) -> list[Rows[
         if rows.evaluation_only:
             raise ReadError(f"{rows.root}: {rows.kind}: its makers ask that nothing is trained on it")
         if isinstance(rows, (CelebV, VFHQ, HDTF)):
-            raise ReadError(f"{rows.root}: {rows.kind}: clips of faces; expected chains of edits")
+            raise ReadError(
+                f"{rows.root}: {rows.kind}: clips of faces; expected chains of edits. Cut people out of them by "
+                "`python -m nmlib data clips`, and import those under a name of `people:`"
+            )
         if isinstance(rows, StoredConversations):
             raise ReadError(f"{rows.root}: was imported or drawn already; give the folder that it was made from")
     if not found:

@@ -71,7 +71,8 @@ def _with_earlier(run: Run, name: str) -> list[StageConfig]:
     try:
         chain = [run.params.stage(name)]
     except KeyError as error:
-        raise RunError(f"{error.args[0]}; `encoder` and `detokenizer` can be trained as well") from None
+        others = list(latent_training.BEFORE) if run.params.seedx is not None else [ENCODER, DETOKENIZER]
+        raise RunError(f"{error.args[0]}; {', '.join(others)} can be trained as well") from None
     while chain[0].start is not None:
         chain.insert(0, run.params.stage(chain[0].start))
     return chain

@@ -2,8 +2,11 @@
 
 The transformer, its losses and its sampling are those of `detokenizer`; only what is drawn differs. The VAE comes from
 a local folder (SDXL's has four channels, those of later models sixteen), is frozen, and is no part of what is trained.
+What SEED-X predicts, the average of each four neighbours in a row, is laid out on the square grid of its encoder, so
+that every token stands where it belongs.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,21 @@ from torch import Tensor
 from nmlib import checkpoint
 from nmlib.checkpoint import CheckpointError
 from nmlib.config import DetokenizerConfig
-from nmlib.detokenizer import Detokenizer
+from nmlib.detokenizer import Detokenizer, DetokenizerLosses
 from nmlib.seedx import count_parameters
 from nmlib.seedx_detokenizer import load_vae
+from nmlib.seedx_vision import repeat_tokens
+
+VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that is there is read
 
 
 class LatentDetokenizer(Detokenizer):
-    """Tokens (B, N, D_feature) to pictures (B, 3, H, W) by way of latents (B, C, H / f, W / f).
+    """Tokens (B, N or M, D_feature) to pictures (B, 3, H, W) by way of latents (B, C, H / f, W / f).
 
     Args:
         settings: sizes, sampling steps, guidance; `patch_size` is in latents.
         image_size: pixels a side.
-        tokens: N, a square number.
+        tokens: M, of the encoder's square grid; fewer are repeated until they are as many.
         feature_dim: width of a token.
         vae: frozen, and neither trained nor saved with this module.
 
@@ -50,6 +56,17 @@ class LatentDetokenizer(Detokenizer):
         self._frozen = [frozen]
         self.scaling = float(known.scaling_factor)
         self.shift = float(getattr(known, "shift_factor", None) or 0.0)
+
+    def forward(self, tokens: Tensor, images: Tensor) -> DetokenizerLosses:
+        """Flow-matching loss of pictures (B, 3, H, W) in [0, 1] given tokens (B, N or M, D_feature)."""
+        return super().forward(repeat_tokens(tokens, len(self.null)), images)
+
+    def decode(
+        self, tokens: Tensor, *, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Tensor:
+        """Pictures of tokens (B, N or M, D_feature); see `Detokenizer.decode`."""
+        spread = repeat_tokens(tokens, len(self.null))  # (B, M, D_feature)
+        return super().decode(spread, seed=seed, steps=steps, guidance_scale=guidance_scale)
 
     @torch.no_grad()
     def from_images(self, images: Tensor) -> Tensor:
@@ -94,6 +111,22 @@ def latent_detokenizer(
 
 def _latents(module: LatentDetokenizer) -> dict[str, float]:
     return {"channels": module.channels, "scaling": module.scaling, "shift": module.shift}
+
+
+def vae_fingerprint(folder: Path) -> str:
+    """Hash of a VAE's settings and weights.
+
+    Raises:
+        CheckpointError: there is no VAE in the folder.
+    """
+    weights = next((folder / name for name in VAE_WEIGHTS if (folder / name).is_file()), None)
+    if weights is None or not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no VAE; expected config.json and {' or '.join(VAE_WEIGHTS)}")
+    state = hashlib.blake2b(digest_size=8)
+    for path in (folder / "config.json", weights):
+        with path.open("rb") as file:
+            state.update(hashlib.file_digest(file, "blake2b").digest())
+    return state.hexdigest()
 
 
 def load_latent_detokenizer(path: Path, folder: Path) -> LatentDetokenizer:

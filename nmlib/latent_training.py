@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from nmlib import checkpoint, data, runtime, train
 from nmlib.batches import set_settings
-from nmlib.config import OptimConfig, Settings
+from nmlib.checkpoint import CheckpointError
+from nmlib.config import OptimConfig, SeedXConfig, Settings
 from nmlib.curriculum import model_name
 from nmlib.detokenizer import DetokenizerLosses
-from nmlib.detokenizer_tuning import tuning_settings
-from nmlib.latent_detokenizer import LatentDetokenizer, latent_detokenizer
+from nmlib.latent_detokenizer import LatentDetokenizer, latent_detokenizer, vae_fingerprint
 from nmlib.layout import Layout
 from nmlib.runtime import Run
 from nmlib.seedx_checkpoint import load_vit, require_part
@@ -38,11 +38,12 @@ class PictureDrawer(nn.Module):
     Args:
         detokenizer: is trained.
         reader: is no part of this module: the encoder, or a model with its encoder, whose predictions are drawn.
+        queries: N, tokens that the model predicts of a picture.
     """
 
-    def __init__(self, detokenizer: LatentDetokenizer, reader: QwenViT | PictureReader) -> None:
+    def __init__(self, detokenizer: LatentDetokenizer, reader: QwenViT | PictureReader, queries: int) -> None:
         super().__init__()
-        self.detokenizer = detokenizer
+        self.detokenizer, self.queries = detokenizer, queries
         self._reader: list[Any] = [reader]
 
     def forward(self, images: Tensor, layout: Layout | None = None) -> DetokenizerLosses:
@@ -57,7 +58,7 @@ class PictureDrawer(nn.Module):
             return self.detokenizer(*predicted_pairs(reader, layout, images))
         with torch.no_grad():
             encoded = reader(to_clip(images).to(reader.proj.dtype)).float()  # (P, M, D_feature)
-        tokens = pool_tokens(encoded, self.detokenizer.null.shape[0])  # (P, N, D_feature)
+        tokens = pool_tokens(encoded, self.queries)  # (P, N, D_feature)
         return self.detokenizer(tokens, images.float() / 255)
 
 
@@ -116,20 +117,18 @@ def train_detokenizer(run: Run, name: str, weights: Path, vae: Path | None = Non
 
     Raises:
         CheckpointError: weights, VAE or stage are missing or do not fit.
-        ValueError: no data set was imported, or `tuning:` is missing.
+        ValueError: the params file does not say what the step needs, or a data set was not imported.
     """
-    folder = vae or run.path(VAE)
-    if (before := BEFORE[name]) is not None:
-        train_detokenizer(run, before, weights, vae)
+    folder, before = vae or run.path(VAE), BEFORE[name]
     sets, optim, settings = _plan(run, name)
-    key = _key(run, name, weights, folder, settings)
-    path = run.path(f"{name}.safetensors")
+    if before is not None:
+        train_detokenizer(run, before, weights, vae)
+    key, path = _key(run, name, sets, weights, folder, settings), run.path(f"{name}.safetensors")
     if (made := train.made(path, key)) is not None:
         return made
-    seedx = run.params.seedx
-    assert seedx is not None
+    vision = _seedx(run).vision
     torch.manual_seed(run.params.seed)
-    sizes = (seedx.vision.image_size, seedx.queries, seedx.vision.feature_dim)
+    sizes = (vision.image_size, vision.tokens, vision.feature_dim)
     module, metadata = latent_detokenizer(run.params.detokenizer, *sizes, folder)
     if before is not None:
         start = run.path(f"{before}.safetensors")
@@ -140,57 +139,84 @@ def train_detokenizer(run: Run, name: str, weights: Path, vae: Path | None = Non
     return history
 
 
+def _seedx(run: Run) -> SeedXConfig:
+    assert run.params.seedx is not None
+    return run.params.seedx
+
+
 def _plan(run: Run, name: str) -> tuple[list[str], OptimConfig, list[Settings]]:
-    """Data sets and schedule of a step, and all settings that it depends on."""
-    params = run.params
-    if name == GENERAL:
-        known = [*params.data, *params.people]
-        sets = [part for part in known if run.path("data", part, "rounds.parquet").is_file()]
-        if not sets:
-            raise ValueError(
-                f"{params.name}: none of the data sets {known} was imported; "
-                f"`python -m nmlib data import FOLDER --params {params.name} --name {known[0]}`"
-            )
-        return sets, params.detokenizer.optim, [params.detokenizer]
-    tuning = tuning_settings(run)
-    return [tuning.data], tuning.faces if name == FACES else tuning.predicted, [params.detokenizer, tuning]
+    """Data sets, schedule and settings of a step; raises before anything is trained if something is not there."""
+    params, tuning = run.params, run.params.tuning
+    known = [*params.data, *params.people] if name == GENERAL else [tuning.data] if tuning is not None else []
+    if not known or (tuning is None and name != GENERAL):
+        raise ValueError(f"params {params.name!r}: no `tuning:` block; add one, as params/paper.yaml has")
+    sets = [part for part in known if run.path("data", part, "rounds.parquet").is_file()]
+    if not sets:
+        raise ValueError(
+            f"{params.name}: {name} learns from {' or '.join(known)}, of which none was imported; "
+            f"`python -m nmlib data import FOLDER --params {params.name} --name {known[0]}`"
+        )
+    settings: list[Settings] = [params.detokenizer, _seedx(run)]
+    if name == GENERAL or tuning is None:
+        _require_parts(name, params.detokenizer.optim, 1)
+        return sets, params.detokenizer.optim, settings
+    optim = tuning.faces if name == FACES else tuning.predicted
+    if name == PREDICTED:
+        _require_stage(run, tuning.stage)
+    _require_parts(name, optim, max(set_settings(params, tuning.data).rounds) if name == PREDICTED else 1)
+    return sets, optim, [*settings, optim]
+
+
+def _require_stage(run: Run, stage: str) -> None:
+    """Raise unless a stage was trained whose predictions can stand in the places of encoded pictures."""
+    folder, seedx = run.path(model_name(stage)), _seedx(run)
+    if seedx.history != "repeat":
+        raise ValueError(
+            f"{run.params.name}: {PREDICTED} puts predictions in the places of encoded pictures, so seedx.history must "
+            f"be 'repeat'; it is {seedx.history!r}"
+        )
+    if not (folder / NOTES).is_file():
+        raise CheckpointError(f"{folder}: not trained; `python -m nmlib train --params {run.name} --stage {stage}`")
+
+
+def _require_parts(name: str, optim: OptimConfig, length: int) -> None:
+    """Raise ValueError unless a batch has a row, a picture or a conversation of `length`, for each of its parts."""
+    if optim.batch_size // length < optim.parts:
+        raise ValueError(
+            f"{name}: batch_size {optim.batch_size} is {optim.batch_size // length} rows of {length} pictures; "
+            f"parts {optim.parts} needs at least {optim.parts * length}"
+        )
 
 
 def _begin(
     run: Run, name: str, module: LatentDetokenizer, weights: Path, names: list[str], optim: OptimConfig
 ) -> tuple[PictureDrawer, Callable[[int], dict[str, Any]]]:
     """The module that is trained, and its batches."""
-    seedx, seed, paths = run.params.seedx, run.params.seed + 2, [run.path("data", part) for part in names]
-    assert seedx is not None
-    if name != PREDICTED:
-        sets = {part: StoredSet(path) for part, path in zip(names, paths, strict=True)}
-        vit = load_vit(weights, seedx, runtime.compute_dtype(run.params.precision))
-        return PictureDrawer(module, vit), picture_batches(sets, optim, seed)
-    if seedx.history != "repeat":
-        raise ValueError(
-            f"{run.params.name}: {PREDICTED} puts predictions in the places of encoded pictures, so seedx.history must "
-            f"be 'repeat'; it is {seedx.history!r}"
-        )
-    system = open_stage(run, tuning_settings(run).stage, weights)
+    seed, tuning = run.params.seed + 2, run.params.tuning
+    if name != PREDICTED or tuning is None:
+        sets = {part: StoredSet(run.path("data", part)) for part in names}
+        vit = load_vit(weights, _seedx(run), runtime.compute_dtype(run.params.precision))
+        return PictureDrawer(module, vit, _seedx(run).queries), picture_batches(sets, optim, seed)
+    system = open_stage(run, tuning.stage, weights)
     assert system.vit is not None
-    stored = StoredSet(paths[0], fits(system.template))
+    stored = StoredSet(run.path("data", tuning.data), fits(system.template))
 
     def batch_at(step: int) -> dict[str, Any]:
         told = stored.batch(step, optim.batch_size, seed)
         images = torch.stack([c.images for c in told if c.images is not None])  # (B, R, 3, H, W)
         return {"layout": system.template.packed(told), "images": images}
 
-    return PictureDrawer(module, PictureReader(system.agent, system.vit).eval()), batch_at
+    reader = PictureReader(system.agent, system.vit).eval()
+    return PictureDrawer(module, reader, _seedx(run).queries), batch_at
 
 
-def _key(run: Run, name: str, weights: Path, vae: Path, settings: list[Settings]) -> str:
+def _key(run: Run, name: str, sets: list[str], weights: Path, vae: Path, settings: list[Settings]) -> str:
     """Identifies what a step gives: settings, code, and the files that it reads."""
-    sets, _, _ = _plan(run, name)
     files = [run.path("data", part, "rounds.parquet") for part in sets]
-    files += [*weight_files(require_part(weights, "vit")), *sorted(vae.glob("*.safetensors"))]
-    told = [str(checkpoint.load(run.path(f"{before}.safetensors"))[1]["key"])] if (before := BEFORE[name]) else []
-    if name == PREDICTED:
-        notes = run.path(model_name(tuning_settings(run).stage)) / NOTES
-        told.append(str(runtime.read_json(notes)["key"]) if notes.is_file() else "")
-    parts = [*settings, *(set_settings(run.params, part) for part in sets)]
-    return "-".join([train.training_key(run, "latent_training", 0, *parts), fingerprint(files, told)])
+    files += weight_files(require_part(weights, "vit"))
+    told = [vae_fingerprint(vae)]
+    if (before := BEFORE[name]) is not None:
+        told.append(str(checkpoint.load(run.path(f"{before}.safetensors"))[1]["key"]))
+    if name == PREDICTED and run.params.tuning is not None:
+        told.append(str(runtime.read_json(run.path(model_name(run.params.tuning.stage)) / NOTES)["key"]))
+    return "-".join([train.training_key(run, "latent_training", 0, *settings), fingerprint(files, told)])

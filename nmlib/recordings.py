@@ -19,7 +19,7 @@ branch, first picture first; `alternatives` maps the name of another model or hi
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pandas as pd
@@ -276,29 +276,38 @@ class SessionRecorder:
         self.suggestions = tuple(suggestions)
         self._nodes: list[ExplorerNode] = []
 
-    def state(self) -> ExplorerState:
-        """The session as it is now; what was recorded before is not computed again."""
+    @property
+    def steps(self) -> int:
+        """Steps of a request for a picture: the model's answer, and what `state` reports of it."""
+        return 3 + len(self.rivals)
+
+    def state(self, report: Callable[[str], None] = lambda what: None) -> ExplorerState:
+        """The session as it is now, new pictures recorded; `report` is told each step of that before it is taken."""
         cache = self.session.tokens
-        self._nodes += [self._record(node) for node in cache.nodes[len(self._nodes) :]]
+        self._nodes += [self._record(node, report) for node in cache.nodes[len(self._nodes) :]]
         return ExplorerState(
             title=self.title, nodes=tuple(self._nodes), current=cache.current, suggestions=self.suggestions
         )
 
-    def _record(self, node: Node) -> ExplorerNode:
+    def _record(self, node: Node, report: Callable[[str], None]) -> ExplorerNode:
         made = node.kind != "upload"
-        rivals = self.rivals if made else {}
+        report("The picture is drawn")
+        image = data_uri(self.session.picture(node.id))
+        report("The layers say where they look")
+        attention = attention_shares(self.session, node.id) if made else ()
+        alternatives = {}
+        for name, (system, policy) in self.rivals.items() if made else ():
+            report(f"For comparison: {name}")
+            alternatives[name] = data_uri(rival_picture(self.session, node.id, system, policy))
         return ExplorerNode(
             id=node.id,
             parent=node.parent,
             base=node.base,
             instruction=node.instruction,
             reply=node.response,
-            image=data_uri(self.session.picture(node.id)),
-            attention=attention_shares(self.session, node.id) if made else (),
-            alternatives={
-                name: data_uri(rival_picture(self.session, node.id, system, policy))
-                for name, (system, policy) in rivals.items()
-            },
+            image=image,
+            attention=attention,
+            alternatives=alternatives,
         )
 
 

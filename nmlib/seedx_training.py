@@ -24,7 +24,7 @@ from nmlib.seedx import SeedX
 from nmlib.seedx_checkpoint import System, find_part, from_pretrained, load_vit, require_part, save_pretrained
 from nmlib.seedx_files import weight_files
 from nmlib.seedx_layout import SeedXTemplate
-from nmlib.seedx_vision import CLIP_MEAN, CLIP_STD, QwenViT
+from nmlib.seedx_vision import CLIP_MEAN, CLIP_STD, QwenViT, pool_tokens
 from nmlib.stored_sets import StoredSet
 from nmlib.train import History
 
@@ -122,8 +122,8 @@ def stage_batches(
         generator, chance = data.step_generator(seed + 4, step), batches.predicted_share(stage, step)
         is_packed, weights = stage.supervision == "packed", None
         if isinstance(settings, PeopleConfig) and settings.face_weight != 1:
-            each = [found_face_weights(c, template.settings.queries, settings.face_weight) for c in conversations]
-            weights = torch.stack(each)  # (B, R, N)
+            each = [found_face_weights(c, template.settings.vision.tokens, settings.face_weight) for c in conversations]
+            weights = torch.stack([pool_tokens(part[..., None], template.settings.queries)[..., 0] for part in each])
         return {
             "layout": template.packed(conversations) if is_packed else template.prefix(conversations),
             "images": images,

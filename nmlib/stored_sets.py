@@ -47,6 +47,16 @@ def writing(folder: Path) -> Iterator[Callable[[Conversation], None]]:
     write_json(folder / "conversations.json", told)
 
 
+def _require_columns(path: Path) -> None:
+    """Raise ConversationError if a data set was written before a column was added to what is stored."""
+    try:
+        missing = sorted(set(FEATURES) - set(parquet.read_schema(path).names))
+    except (OSError, ValueError) as error:
+        raise ConversationError(f"{path}: damaged or truncated ({error}); delete it and build it again") from None
+    if missing:
+        raise ConversationError(f"{path}: written by an earlier version, without {missing}; import it again")
+
+
 class StoredSet:
     """Conversations of a folder, with their pictures when they are taken.
 
@@ -61,6 +71,8 @@ class StoredSet:
 
     def __init__(self, folder: Path, keep: Callable[[Conversation], bool] = lambda conversation: True) -> None:
         path = folder / "rounds.parquet"
+        if path.is_file():
+            _require_columns(path)
         told = load_json(folder / "conversations.json")
         try:
             rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder / ".cache"), features=FEATURES)

@@ -4,7 +4,9 @@
 #   WEIGHTS=pretrained/seed_x_i LAUNCH=sharded sbatch --nodes=1 --gpus-per-node=8 params/slurm.sh paper rollback
 # The first word names a file in params/, the others are trained in their order, each after all that it starts from.
 # `optim.parts` of the params file must be a multiple of the number of cards. LAUNCH=sharded shards the weights. With
-# WEIGHTS, a folder of SEED-X's, stages train SEED-X on data sets that were imported before (`nmlib data import`).
+# WEIGHTS, a folder of SEED-X's, stages train SEED-X on data sets that were imported before (`nmlib data import`); a
+# detokenizer among them draws with the VAE that lies, or is linked, at runs/<params>/vae, and is not sharded:
+#   WEIGHTS=pretrained/seed_x_i sbatch --nodes=1 --gpus-per-node=8 params/slurm.sh paper detokenizer
 #SBATCH --job-name=nmlib
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16

@@ -205,6 +205,7 @@ def test_fits_a_phone_in_both_themes_and_every_picture_is_described(site: Site, 
 # with a kernel
 
 
+TRAITS = ("data", "chosen", "live", "busy", "progress", "message")
 LIVE = """
 <div id="live"></div><script type="module">
 const values = await kernel(null), handlers = {};
@@ -220,16 +221,32 @@ explorer.render({ model, el: document.getElementById("live") });
 </script>"""
 
 
+def test_a_request_says_what_it_is_at(site: Site, folder: Path) -> None:
+    widget = ConversationExplorer([SessionRecorder(session(), "first")])
+    widget.busy, widget.progress = True, {"what": "The picture is drawn", "done": 1, "steps": 3}
+    (folder / "live.js").write_text(str(widget._esm), encoding="utf-8")
+    (folder / "busy.html").write_text(f"{HEAD}<style>{widget._css}</style>{LIVE}", encoding="utf-8")
+    page = site.page()
+    page.expose_function("kernel", lambda message: {name: getattr(widget, name) for name in TRAITS})
+    page.goto(f"{site.address}/busy.html")
+    live = page.locator(".nm-conversation")
+    expect(live.get_by_role("status")).to_have_text("The picture is drawn (step 2 of 3) …")
+    expect(live).to_have_attribute("aria-busy", "true")
+    meter = live.get_by_role("progressbar", name="Steps of this request")
+    expect(meter).to_be_visible()
+    assert meter.evaluate("node => [node.value, node.max]") == [1, 3]
+
+
 def test_a_live_session_is_talked_to(site: Site, folder: Path) -> None:
     """The same module with a real session behind it: only the wire of the notebook is missing."""
     recorders = [SessionRecorder(session(), "first", suggestions=["undo that"]), SessionRecorder(session(), "second")]
     widget = ConversationExplorer(recorders)
-    traits, changes = ("data", "chosen", "live", "busy", "message"), []
-    widget.observe(lambda change: changes.append({"name": change["name"], "value": change["new"]}), traits)
+    changes: list[dict[str, Any]] = []
+    widget.observe(lambda change: changes.append({"name": change["name"], "value": change["new"]}), TRAITS)
 
     def kernel(message: Any) -> Any:
         if message is None:
-            return {name: getattr(widget, name) for name in traits}
+            return {name: getattr(widget, name) for name in TRAITS}
         changes.clear()
         widget.comm.handle_msg({"content": {"data": {"method": "custom", "content": message}}, "buffers": []})
         return list(changes)

@@ -1,5 +1,6 @@
 """The command line: help that explains, exit codes, one line for each error."""
 
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,17 @@ def call(project_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
         return int(caught.value.code or 0), out, err
 
     return run
+
+
+def test_an_archive_is_unpacked_or_refused(call: Any, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("part/one.txt", "1")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("../one.txt", "1")
+    code, out, _ = call("data", "unpack", str(tmp_path / "a.zip"), "--to", str(tmp_path / "a"))
+    assert (code, out) == (0, f"{tmp_path / 'a'}: 1 files\n") and (tmp_path / "a/part/one.txt").read_text() == "1"
+    code, _, err = call("data", "unpack", str(tmp_path / "b.zip"), "--to", str(tmp_path / "b"))
+    assert code == 1 and "../one.txt" in err and not (tmp_path / "b").exists()
 
 
 def test_help_names_every_verb(call: Any) -> None:

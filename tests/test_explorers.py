@@ -200,7 +200,10 @@ def test_a_session_is_recorded_once_and_grows(monkeypatch: pytest.MonkeyPatch) -
     talk.go_to(1)
     assert recorder.state() == first.model_copy(update={"current": 1})
     talk.say("undo that")
-    assert recorder.state().nodes[:4] == first.nodes and asked == [4]
+    told: list[str] = []
+    assert recorder.state(told.append).nodes[:4] == first.nodes and asked == [4]
+    assert told == ["The picture is drawn", "The layers say where they look", "For comparison: through pixels"]
+    assert recorder.steps == 1 + len(told)
 
 
 def test_drift_is_what_the_measures_say() -> None:
@@ -248,10 +251,14 @@ def test_a_live_session_obeys() -> None:
     talk = session()
     widget = ConversationExplorer([SessionRecorder(talk, "one"), SessionRecorder(session(), "two")])
     busy: list[bool] = []
+    told: list[tuple[str, int, int]] = []
     widget.observe(lambda change: busy.append(change["new"]), "busy")
+    widget.observe(lambda change: told.append(tuple(change["new"].values())), "progress")
     shown = lambda: widget.data["conversations"][widget.chosen]  # noqa: E731
     tell(widget, type="say", text="Make the square red!")
     assert busy == [True, False]
+    steps = ["The model answers", "The picture is drawn", "The layers say where they look"]
+    assert told == [*((what, done, 3) for done, what in enumerate(steps)), ()]
     assert shown()["current"] == 1 and shown()["nodes"][1]["instruction"] == "make the square red"
     tell(widget, type="say", text="undo that")
     tell(widget, type="undo")
@@ -317,7 +324,7 @@ def test_static_version_claims_no_kernel_and_escapes() -> None:
     widget.busy, widget.message = True, "left over"
     text = widget.html()
     values = json.loads(re.search(r'-values">(.*?)</script>', text, re.S).group(1))  # type: ignore[union-attr]
-    assert values == {"data": widget.data, "chosen": 0, "live": False, "busy": False, "message": ""}
+    assert values == {"data": widget.data, "chosen": 0, "live": False, "busy": False, "progress": {}, "message": ""}
     assert values["data"]["conversations"][0]["title"] == "</script><b>"
     assert text.count("</script>") == 3 and "\\u003c/script>" in text
     assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg\\"]

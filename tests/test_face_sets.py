@@ -14,6 +14,7 @@ from toy import raised
 
 from nmlib.clips import build_clips
 from nmlib.config import ClipConfig
+from nmlib.face_clips import people_of
 from nmlib.face_sets import HDTF, VFHQ, CelebV, FaceClip, cut_frames, write_people
 from nmlib.faces import WholePicture
 from nmlib.frames import ClipError
@@ -161,3 +162,30 @@ def test_people_of_clips_become_identity_clips(tmp_path: Path) -> None:
 
     manifest = build_clips(folders, settings, WholePicture(), same)
     assert manifest.frame_counts == {"kept": 8}
+
+
+def test_data_sets_and_single_clips_become_folders_of_one_person_each(tmp_path: Path) -> None:
+    """What `data clips` is given: a video stays, a data set is cut, by person; what is cut already is not cut again."""
+    root, frames = tmp_path / "celebv", tmp_path / "people-frames"
+    table = {"a_1": celebv(ytb_id="a"), "a_2": celebv(ytb_id="a"), "b_1": celebv(ytb_id="b"), "c_1": celebv(ytb_id="c")}
+    write(root, "celebvhq_info.json", json.dumps(table))
+    (root / "processed").mkdir()
+    for name, levels in (("a_1", (20, 60)), ("a_2", (90,)), ("b_1", (30,))):
+        write_video(root / "processed" / f"{name}.mp4", halves(levels))
+    write(root / "processed", "b_1.mp4", b"no video")
+    alone = write_video(tmp_path / "talk.mp4", halves((50,)))
+    pictures = write(tmp_path / "dora", "0.png", b"").parent
+    found = people_of([alone, root, pictures], frames, 0.3)
+    assert found.people == [alone, frames / "a", pictures]
+    assert found.rejected == {"missing video": 1, "clips that cannot be read": 1}
+    assert sorted(path.name for path in (frames / "a").iterdir()) == ["a_1-0.png", "a_2-0.png"]
+    kept = (frames / "a" / "a_1-0.png").stat().st_mtime_ns
+    assert people_of([root], frames, 0.3).people == [frames / "a"]
+    assert (frames / "a" / "a_1-0.png").stat().st_mtime_ns == kept
+    assert "1 missing video" in raised(lambda: people_of([root], frames, 0.1), ReadError)
+    (root / "processed" / "a_1.mp4").write_bytes(b"no video")
+    (root / "processed" / "a_2.mp4").write_bytes(b"no video")
+    text = raised(lambda: people_of([root], tmp_path / "new", 0.3), ClipError)
+    assert text.startswith(f"{root}: CelebV-HQ: no clip can be read; {root / 'processed' / 'a_1.mp4'}: damaged")
+    (tmp_path / "empty").mkdir()
+    assert "not recognised" in raised(lambda: people_of([tmp_path / "empty"], frames), ReadError)

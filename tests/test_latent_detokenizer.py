@@ -14,8 +14,9 @@ from nmlib.checkpoint import CheckpointError
 from nmlib.config import DetokenizerConfig, OptimConfig
 from nmlib.detokenizer import TokenDecoder
 from nmlib.latent_detokenizer import LatentDetokenizer, count_latent, latent_detokenizer, load_latent_detokenizer
+from nmlib.seedx_vision import repeat_tokens
 
-SIDE, TOKENS, WIDTH = 28, 4, 12
+SIDE, TOKENS, WIDTH = 28, 16, 12
 SETTINGS = DetokenizerConfig(
     patch_size=2, width=24, layers=2, heads=3, sampling_steps=3,
     optim=OptimConfig(steps=1, batch_size=1, learning_rate=1e-3),
@@ -76,6 +77,26 @@ def test_pictures_do_not_depend_on_their_batch() -> None:
     assert torch.equal(made.decode(tokens()), made.decode(tokens()))
 
 
+def test_pooled_tokens_stand_where_they_belong() -> None:
+    """Four tokens pooled of a 4 x 4 grid are its rows: what the second says is drawn in the second quarter."""
+    made = detokenizer().eval()
+    pooled = tokens()[:, :4]  # (3, 4, 12)
+    spread = repeat_tokens(pooled, TOKENS)
+    assert torch.equal(made.decode(pooled), made.decode(spread))
+    torch.manual_seed(7)
+    plain = made(pooled, pictures()).total
+    torch.manual_seed(7)
+    assert torch.equal(plain, made(spread, pictures()).total)
+    changed = pooled.clone()
+    changed[:, 1] += 5
+    _, before = made.condition(repeat_tokens(pooled, TOKENS))  # (3, C, 14, 14)
+    _, after = made.condition(repeat_tokens(changed, TOKENS))
+    rows = (after - before).abs().sum((0, 1, 3))  # (14,)
+    assert rows.argmax() in (4, 5) and rows[10:].max() == 0, "rows 3.5 to 7 of 14, a little beyond by interpolation"
+    columns = (after - before).abs().sum((0, 1, 2))  # (14,)
+    assert columns.min() > 0
+
+
 def test_one_batch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained on three pictures, it draws for the tokens of each its latents, not those of another."""
     made, given = detokenizer(), tokens()
@@ -97,8 +118,8 @@ def test_one_batch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_that_do_not_divide_are_refused() -> None:
     text = raised(lambda: LatentDetokenizer(SETTINGS, 26, TOKENS, WIDTH, vae()), ValueError)
     assert text == (
-        "image_size 26: a VAE that shrinks 2 times and detokenizer.patch_size 2 need a multiple of 4, and at least 4 "
-        "for 4 tokens"
+        "image_size 26: a VAE that shrinks 2 times and detokenizer.patch_size 2 need a multiple of 4, and at least 8 "
+        "for 16 tokens"
     )
 
 
@@ -126,6 +147,6 @@ def test_a_file_draws_the_same_with_its_vae_alone(tmp_path: Path) -> None:
 def test_the_size_of_the_paper_is_counted_without_memory() -> None:
     """28 layers of width 1152, as in PixArt, are 611 M numbers; the condition adds about one in a hundred."""
     paper = config.load(Path(__file__).parent.parent / "params" / "paper.yaml")
-    assert 1.0 < count_latent(paper.detokenizer, 448, 64, 4096) / 611e6 < 1.01
+    assert 1.0 < count_latent(paper.detokenizer, 448, 256, 4096) / 611e6 < 1.01
     small = sum(p.numel() for p in detokenizer().parameters())
     assert count_latent(SETTINGS, SIDE, TOKENS, WIDTH, channels=4, shrink=2) == small

@@ -1,6 +1,7 @@
 """The full-size detokenizer trained on imported data: general pictures, people, and what a trained stage predicts."""
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import seedx_toy
 import torch
 import yaml
+from pyarrow import parquet
 from test_imports import write_clips, write_sessions
 from test_latent_detokenizer import vae
 from test_seedx_training import PAPER, write_params
@@ -15,6 +17,7 @@ from toy import raised
 
 from nmlib import checkpoint, jobs, latent_training, train
 from nmlib.checkpoint import CheckpointError
+from nmlib.conversation import ConversationError
 from nmlib.folder_clips import BOXES
 from nmlib.imports import import_set
 from nmlib.latent_detokenizer import load_latent_detokenizer
@@ -26,14 +29,14 @@ from nmlib.stored_sets import StoredSet
 BOX = (0.0, 0.0, 0.5, 0.5)
 
 
-def small(folder: Path) -> Run:
+def small(folder: Path, optim: dict[str, Any] | None = None, **changes: Any) -> Run:
     """A run whose detokenizer is small and learns from what stage `rollback` predicts of `paired`."""
     tuning = yaml.safe_load(PAPER.read_text(encoding="utf-8"))["tuning"]
-    optim = {"steps": 4, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 2, "parts": 2}
+    usual = {"steps": 4, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 2, "parts": 2}
+    optim = optim or usual
     settings = {"patch_size": 2, "width": 24, "layers": 1, "heads": 3, "sampling_steps": 2, "optim": optim}
-    return write_params(
-        folder, detokenizer=settings, tuning=tuning | {"stage": "rollback", "faces": optim, "predicted": optim}
-    )
+    tuning |= {"stage": "rollback", "faces": optim, "predicted": optim}
+    return write_params(folder, **({"detokenizer": settings, "tuning": tuning} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_what_is_made_is_not_made_again(
 
     monkeypatch.setattr(train, "run_training", refuse)
     assert jobs.train_one(run, PREDICTED, weights=weights, vae=folder)[-1]["step"] == 3
-    vae(6).save_pretrained(tmp_path)
+    vae(shift=0.5).save_pretrained(tmp_path)  # weights of the same names and sizes
     with pytest.raises(AssertionError, match="trains again"):
         jobs.train_one(run, GENERAL, weights=weights, vae=tmp_path)
     notes = run.folder / "models" / "rollback" / "training.json"
@@ -118,7 +121,7 @@ def test_predictions_are_paired_with_what_they_should_show(tuned: tuple[Run, Pat
 
 
 def test_faces_of_clips_weigh_more_in_a_stage(tuned: tuple[Run, Path, Path]) -> None:
-    """A face that fills the first of four tokens counts twice: 2, 1, 1, 1, divided by their mean."""
+    """A face in the upper left quarter of 4 x 4 cells: two rows of 2, 2, 1, 1, mean 1.25; every row is a token."""
     run, weights, _ = tuned
     stage = run.params.stage("stage123").model_copy(update={"data": {"paired": 1.0, "rollback": 1.0}})
     sets = {name: StoredSet(run.path("data", name)) for name in stage.data}
@@ -130,15 +133,16 @@ def test_faces_of_clips_weigh_more_in_a_stage(tuned: tuple[Run, Path, Path]) -> 
         seen.add(batch["weights"] is None)
         if batch["weights"] is None:  # of the data set in which nobody has a name
             continue
-        expected = torch.tensor([1.6, 0.8, 0.8, 0.8]).expand(*batch["images"].shape[:2], 4)
+        expected = torch.tensor([1.2, 1.2, 0.8, 0.8]).expand(*batch["images"].shape[:2], 4)
         torch.testing.assert_close(batch["weights"], expected)
         layout, images = batch["layout"], batch["images"]
         with torch.no_grad():
-            first, plain = (
-                read(layout, images, weights=each).image for each in (4 * torch.eye(4)[0].expand_as(expected), None)
+            upper, plain = (
+                read(layout, images, weights=each).image
+                for each in (torch.tensor([2.0, 2.0, 0.0, 0.0]).expand_as(expected), None)
             )
             weighed = read(layout, images, weights=batch["weights"]).image
-        torch.testing.assert_close(weighed, 0.8 * plain + 0.2 * first)
+        torch.testing.assert_close(weighed, 0.8 * plain + 0.2 * upper)
     assert seen == {True, False}
 
 
@@ -146,11 +150,50 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     run = small(tmp_path)
     seedx_toy.write_released(tmp_path / "seed_x")
     text = raised(lambda: jobs.train_one(run, GENERAL, weights=tmp_path / "seed_x"), ValueError)
-    assert text.startswith("toy: none of the data sets ['base', 'markov', 'rollback', 'masked', 'paired', 'same'] was")
-    assert text.endswith("`python -m nmlib data import FOLDER --params toy --name base`")
+    assert text == (
+        "toy: detokenizer learns from base or markov or rollback or masked or paired or same, of which none was "
+        "imported; `python -m nmlib data import FOLDER --params toy --name base`"
+    )
     import_set(run, "base", [write_sessions(tmp_path / "magicbrush")])
     text = raised(lambda: jobs.train_one(run, GENERAL, weights=tmp_path / "seed_x"), CheckpointError)
     assert text.startswith(f"{run.path(latent_training.VAE)}: no VAE")
+    text = raised(lambda: jobs.train_one(run, FACES, weights=tmp_path / "seed_x"), ValueError)
+    assert text.startswith("toy: detokenizer-faces learns from paired, of which none was imported; ")
+    shutil.copytree(run.path("data", "base"), run.path("data", "paired"), dirs_exist_ok=True)
+    text = raised(lambda: jobs.train_one(run, PREDICTED, weights=tmp_path / "seed_x"), CheckpointError)
+    assert (
+        text == f"{run.path('models', 'rollback')}: not trained; `python -m nmlib train --params toy --stage rollback`"
+    )
+    assert not list(run.folder.glob("*.safetensors")), "nothing is trained before all is there"
+    text = raised(lambda: jobs.train_one(run, "detokenizer-face", weights=tmp_path / "seed_x"), RunError)
+    assert text.endswith("; detokenizer, detokenizer-faces, detokenizer-predicted can be trained as well")
     cpu = Run.open(PAPER.parent / "cpu.yaml", tmp_path / "cpu")
     text = raised(lambda: jobs.train_one(cpu, GENERAL, vae=tmp_path), RunError)
     assert text == f"--vae {tmp_path}: cpu has no `seedx:` block, its models begin with nothing"
+
+
+def test_settings_that_cannot_be_trained(tmp_path: Path) -> None:
+    seedx_toy.write_released(tmp_path / "seed_x")
+    start = lambda run, name: jobs.train_one(run, name, weights=tmp_path / "seed_x")  # noqa: E731
+    optim = {"steps": 4, "batch_size": 3, "learning_rate": 1e-3, "parts": 4}
+    run = small(tmp_path / "parts", optim)
+    import_set(run, "base", [write_sessions(tmp_path / "magicbrush")])
+    text = raised(lambda: start(run, GENERAL), ValueError)
+    assert text == "detokenizer: batch_size 3 is 3 rows of 1 pictures; parts 4 needs at least 4"
+    run = small(tmp_path / "history", seedx=seedx_toy.settings(history="direct").model_dump(mode="json"))
+    import_set(run, "base", [tmp_path / "magicbrush"])
+    shutil.copytree(run.path("data", "base"), run.path("data", "paired"), dirs_exist_ok=True)
+    text = raised(lambda: start(run, PREDICTED), ValueError)
+    assert text.endswith("seedx.history must be 'repeat'; it is 'direct'")
+    run = small(tmp_path / "tuning", tuning=None)
+    text = raised(lambda: start(run, FACES), ValueError)
+    assert text == "params 'toy': no `tuning:` block; add one, as params/paper.yaml has"
+
+
+def test_data_of_an_earlier_version_says_so(tuned: tuple[Run, Path, Path], tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(tuned[0].path("data", "base"), old)
+    table = parquet.read_table(old / "rounds.parquet").drop_columns(["face"])
+    parquet.write_table(table, old / "rounds.parquet")
+    text = raised(lambda: StoredSet(old), ConversationError)
+    assert text == f"{old / 'rounds.parquet'}: written by an earlier version, without ['face']; import it again"

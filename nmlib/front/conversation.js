@@ -99,12 +99,13 @@ function render({ model, el }) {
   const goTo = button("go_to", "Go to", () => ask({ type: "go_to", id: shown }));
   const undo = button("undo", "Undo", () => ask({ type: "undo" }));
   const status = h("p", { class: "nm-status", role: "status", "aria-live": "polite" });
+  const meter = h("progress", { class: "nm-meter", "aria-label": "Steps of this request", hidden: true });
   const root = frame("conversation", "Conversation explorer",
     h("div", { class: "nm-head" }, conversations.field, badge),
     h("div", { class: "nm-body" },
       h("div", { class: "nm-left" }, large, attention, others),
       h("div", { class: "nm-side" }, tree,
-        h("div", { class: "nm-controls" }, typed, choices.field, speak, goTo, undo), status, transcript)));
+        h("div", { class: "nm-controls" }, typed, choices.field, speak, goTo, undo), status, meter, transcript)));
 
   // ------------------------------------------------------------ what changes
   function drawLarge(node, label) {
@@ -183,7 +184,11 @@ function render({ model, el }) {
     const error = model.get("message");
     status.className = `nm-status${error ? " nm-error" : ""}`;
     const rest = live() ? "A model answers: say something, or look at any picture." : "Recorded: the answers were made with this page; no model runs here.";
-    status.textContent = busy ? "Drawing the next picture …" : error || note || rest;
+    const { what, done, steps } = model.get("progress");
+    const at = what ? `${what} (step ${done + 1} of ${steps}) …` : "Working …";
+    status.textContent = busy ? at : error || note || rest;
+    meter.hidden = !(busy && steps);
+    if (steps) [meter.max, meter.value] = [steps, done];
   }
   const update = () => redraw(root, draw);
   function heard() {
@@ -198,7 +203,8 @@ function render({ model, el }) {
     update();
   }
   let count = state().nodes.length;
-  const events = { "change:data": heard, "change:chosen": heard, "change:busy": answered, "change:message": update };
+  const events = { "change:data": heard, "change:chosen": heard, "change:busy": answered, "change:progress": update,
+    "change:message": update };
   for (const [event, call] of Object.entries(events)) model.on(event, call);
   el.append(root);
   update();
