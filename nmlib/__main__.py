@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed (one line on stderr says what, where and what to do
 that cannot be used, 130 interrupted.
 """
 
+import errno
 import json
 import re
 import sys
@@ -20,17 +21,17 @@ from nmlib.pipeline import Project, run_notebooks
 from nmlib.runtime import Run, RunError
 
 HEADLINES = (
-    r"rollback\.accuracy\.depth\d\.\w+|rollback\.retrieval\.depth[12]\.\w+|edit\..*|encoder\..*|detokenizer\.psnr"
-    r"|metric\..*|book\.(minutes|peak\w+)|drift\.(identity|psnr|accuracy)\.round10\.(tokens|reencode|oracle)"
+    r"rollback\.(accuracy|accuracy_clean|retrieval)\.depth\d\.\w+|edit\..*|encoder\..*|detokenizer\.(psnr|seam)"
+    r"|metric\..*|book\.(minutes.*|peak\w+)|drift\.(identity|psnr|accuracy)\.round10\.(tokens|reencode|oracle)"
     r"|drift\.\w+_gain\.round10|drift\.slope\.\w+|breaks\.(rounds\.retrieval|size\.named)\..*benefit|breaks\.caching\.accuracy\..*"
-    r"|people\.(identity|compliance|clip)\.\w+|names\.accuracy\.people\d\.delay[18].*"
+    r"|people\.(identity|compliance|clip|copy_paste|named)\.\w+|names\.accuracy\.people\d\.delay\d.*"
     r"|bench\.\w+\.ratio\w*|bench\.(world\.render|undo\.(share|depth)|memory\.of_copy)|bench\.throughput\.(tokens|mfu)"
     r"|detokenizer\.(psnr|identity)_faces\..*"
 )
 SIDE_BY_SIDE = (
     r"rollback\.accuracy\.depth[1-4]\.(ceiling|markov_trained|rollback_trained|deep_trained)|edit\.accuracy\.rollback_trained"
     r"|drift\.identity\.round10\.(tokens|reencode)|detokenizer\.psnr|names\.accuracy\.people2\.delay[18]"
-    r"|people\.(identity|compliance)\.(portrait|stage123|joint|ceiling)|book\.minutes"
+    r"|people\.(identity|compliance)\.(floor|base|portrait|stage1|stage12|stage123|joint|ceiling)|book\.minutes"
 )
 NOT_ABOUT_PEOPLE = r"(rollback|drift|edit|bench)\..*"
 app = typer.Typer(
@@ -179,12 +180,12 @@ def results(
     if not found:
         raise RunError(f"{source}: no records; run `python -m nmlib run --params {opened.name}` first")
     typer.echo(records.table(found.values()))
-    stale = records.mismatches(opened, found.values())
-    if stale:
-        raise RunError(f"{source}: {len(stale)} of {len(found)} records are not current; {stale[0]}")
     if write_readme:
         tables = {file.stem: _headlines(records.read_records(file)) for file in sorted(published.parent.glob("*.json"))}
         records.write_tables(project.root / "README.md", tables, SIDE_BY_SIDE)
+    stale = records.mismatches(opened, found.values())
+    if stale:
+        raise RunError(f"{source}: {len(stale)} of {len(found)} records are not current; {stale[0]}")
 
 
 def _headlines(found: Mapping[str, records.Record]) -> list[records.Record]:
@@ -203,6 +204,8 @@ def chat(
 ) -> None:
     """Talk to a trained model: say what to change, undo, go back, branch."""
     opened = Project.find().open(params)
+    if opened.params.seedx is not None:
+        raise RunError(f"{opened.name}: chapter 15 talks to SEED-X: `python -m nmlib run --params {opened.name}`")
     try:
         opened.params.stage(stage)
     except KeyError as error:
@@ -290,6 +293,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     except RunError as error:
         print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{error.filename or 'a file'}: the disk is full; make room, and give the command again", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -20,11 +20,12 @@ import nbformat
 import yaml
 from PIL import Image
 
-from nmlib import claims, links, records, runtime
+from nmlib import claims, config, links, records, runtime
 from nmlib.runtime import Run, RunError
 from nmlib.steps import Step, read_step
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
+_OWN = re.compile(r"(\{measured(?:-value)?\}`)([a-z0-9_.]+(?:`|:\.\df`))")  # of no run but the book's own
 _BAR = re.compile(r"\d+%\|.*\||\d+(it|\S*) \[\d\d:\d\d")
 _NOT_MEANINGFUL = """\
 :::{{warning}}
@@ -76,10 +77,14 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
     warnings: list[str] = []
     front: dict[str, str] = {}
     for name in names:
-        if name in others:
-            write_absent(_step(root, name), run, shown / f"{name}.ipynb")
+        step = _step(root, name)
+        lender = lender_of(step, run, root / "book" / "results") if name in others else None
+        if name in others and lender is None:
+            write_absent(step, run, shown / f"{name}.ipynb")
             continue
-        notebook = nbformat.read(run.path("chapters", f"{name}.ipynb"), as_version=4)
+        notebook = nbformat.read((lender or run).path("chapters", f"{name}.ipynb"), as_version=4)
+        if lender is not None:
+            lend(notebook, lender.name, f"{_wanted(step, run)} What follows is the run of `params/{lender.name}.yaml`.")
         warnings += [f"{name}: {text}" for text in polish(notebook, None if run.params.meaningful else run.name)]
         front |= for_front_page(notebook)
         with runtime.atomic_path(shown / f"{name}.ipynb") as temporary:
@@ -107,13 +112,49 @@ def _step(root: Path, name: str) -> Step:
 def write_absent(step: Step, run: Run, path: Path) -> None:
     """Write the page of a chapter that a run's params file has nothing for: its question, and why it ends there."""
     notebook = nbformat.read(step.path, as_version=4)
-    wanted = f"is about `{step.about}`" if step.about else "is about the small model"
-    found = "describes SEED-X" if run.params.seedx is not None else "has none"
-    why = f"This chapter {wanted}, and `params/{run.name}.yaml` {found}. Build the book of other params."
+    why = f"{_wanted(step, run)} Build the book of other params, or run them and build this one again."
     note = f":::{{note}}\n{why}\n:::"
     notebook.cells = [notebook.cells[0], nbformat.v4.new_markdown_cell(note, id="absent")]
     with runtime.atomic_path(path) as temporary:
         nbformat.write(notebook, temporary)
+
+
+def _wanted(step: Step, run: Run) -> str:
+    wanted = f"is about `{step.about}`" if step.about else "is about the small model"
+    found = "describes SEED-X" if run.params.seedx is not None else "has none"
+    return f"This chapter {wanted}, and `params/{run.name}.yaml` {found}."
+
+
+def lender_of(step: Step, run: Run, results: Path) -> Run | None:
+    """Another run beside this one that shows a chapter which this one has nothing for; the first by name, or None.
+
+    Args:
+        step: the chapter.
+        run: the run whose book is built.
+        results: folder of published results. A run lends only what it published, so that the numbers in its text,
+            which are read there, are those of its figures.
+    """
+    for copy in sorted(run.folder.parent.glob("*/params.yaml")):
+        try:
+            other = Run(config.load(copy), copy.parent)
+        except config.ParamsError:  # of an earlier version
+            continue
+        file = results / f"{other.name}.json"
+        if other.name == run.name or not step.applies(other.params) or not file.exists():
+            continue
+        own = {id_: record.value for id_, record in records.read_records(other).items()}
+        published = {id_: record.value for id_, record in records.read_records(file).items()}
+        if other.path("chapters", f"{step.name}.ipynb").exists() and published == own:
+            return other
+    return None
+
+
+def lend(notebook: nbformat.NotebookNode, lender: str, note: str) -> None:
+    """Let an executed chapter of another run say so, and read its numbers in that run's published results."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _OWN.sub(rf"\1{lender}:\2", cell.source)
+    _add_note(notebook, f":::{{note}}\n{note}\n:::\n")
 
 
 def chapters(root: Path) -> list[str]:

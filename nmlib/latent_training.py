@@ -17,7 +17,12 @@ from nmlib.checkpoint import CheckpointError
 from nmlib.config import OptimConfig, SeedXConfig, Settings
 from nmlib.curriculum import model_name
 from nmlib.detokenizer import DetokenizerLosses
-from nmlib.latent_detokenizer import LatentDetokenizer, latent_detokenizer, vae_fingerprint
+from nmlib.latent_detokenizer import (
+    LatentDetokenizer,
+    latent_detokenizer,
+    load_latent_detokenizer,
+    vae_fingerprint,
+)
 from nmlib.layout import Layout
 from nmlib.runtime import Run
 from nmlib.seedx_checkpoint import load_vit, require_part
@@ -220,3 +225,16 @@ def _key(run: Run, name: str, sets: list[str], weights: Path, vae: Path, setting
     if name == PREDICTED and run.params.tuning is not None:
         told.append(str(runtime.read_json(run.path(model_name(run.params.tuning.stage)) / NOTES)["key"]))
     return "-".join([train.training_key(run, "latent_training", 0, *settings), fingerprint(files, told)])
+
+
+def open_latest(run: Run, vae: Path | None = None) -> LatentDetokenizer | None:
+    """The detokenizer of a run after the last step that was trained; None if none was.
+
+    Args:
+        run: holds it.
+        vae: folder of the VAE; by default `vae` in the run's folder.
+    """
+    for name in (PREDICTED, FACES, GENERAL):
+        if (path := run.path(f"{name}.safetensors")).exists():
+            return load_latent_detokenizer(path, vae or run.path(VAE))
+    return None

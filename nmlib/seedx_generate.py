@@ -196,6 +196,13 @@ class SeedXChat:
             self._read_again(replies)
         return replies
 
+    @torch.no_grad()
+    def show(self, texts: Sequence[str], pictures: Sequence[Shown]) -> None:
+        """One round in which every person brings a picture with a text, to which nothing is replied, as in training."""
+        prompts = [self._prompt(text, picture) for text, picture in zip(texts, pictures, strict=True)]
+        self._earlier.append(self._fork(self.cache))
+        self.cache.read_samples(prompts, [picture.features for picture in pictures])
+
     def undo(self) -> None:
         """Forget the last round.
 

@@ -174,6 +174,34 @@ def test_every_module_is_on_one_page_of_the_api_and_every_page_is_listed() -> No
     assert pages == {}
 
 
+def test_a_chapter_is_lent_by_a_run_that_published_what_it_measured(project_root: Path, tmp_path: Path) -> None:
+    lender = Project(project_root).open("tiny")
+    run = Run(lender.params.model_copy(update={"people": {}, "name": "own"}), project_root / "runs" / "own")
+    step = Step(project_root / "notebooks" / "01_one.ipynb", "", "", (), about="people")
+    assert book.lender_of(step, run, tmp_path) is None
+    write_record(lender, "a.b", 0.5, n=3, modules=("runtime",))
+    rows = {id_: record.model_dump(mode="json", exclude={"id"}) for id_, record in read_records(lender).items()}
+    write_json(tmp_path / "tiny.json", rows)
+    assert book.lender_of(step, run, tmp_path) is None, "it did not run this chapter"
+    write_notebook(lender.path("chapters", "01_one.ipynb"), "Title", "1 + 1")
+    found = book.lender_of(step, run, tmp_path)
+    assert found is not None and found.name == "tiny"
+    assert book.lender_of(step, lender, tmp_path) is None, "nobody lends to itself"
+    rows["a.b"]["value"] = 0.6
+    write_json(tmp_path / "tiny.json", rows)
+    assert book.lender_of(step, run, tmp_path) is None, "published was another run"
+
+
+def test_a_chapter_that_is_lent_reads_the_numbers_of_its_own_run() -> None:
+    words = "Of {measured}`a.b_c` and {measured-value}`a.b:.3f`, not of {measured}`cpu:a.b`."
+    notebook = executed()
+    notebook.cells.append(new_markdown_cell(words))
+    book.lend(notebook, "people", "Whose this is.")
+    assert notebook.cells[0].source.startswith("# Title\n\n:::{note}\nWhose this is.\n:::")
+    read = "Of {measured}`people:a.b_c` and {measured-value}`people:a.b:.3f`, not of {measured}`cpu:a.b`."
+    assert notebook.cells[-1].source == read
+
+
 def test_strict_book_refuses_a_warning(book_root: Path) -> None:
     path = book_root / "runs" / "tiny" / "chapters" / "01_one.ipynb"
     notebook = executed(stderr("UserWarning: odd\n"))

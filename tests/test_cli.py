@@ -1,5 +1,6 @@
 """The command line: help that explains, exit codes, one line for each error."""
 
+import errno
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +154,20 @@ def test_book_of_nothing_is_1(call: Any, project_root: Path) -> None:
     assert code == 1
     line = err.splitlines()[-1]
     assert line.endswith("chapters: not executed yet: 01_one; run `python -m nmlib run --params tiny`")
+
+
+def test_a_full_disk_is_1_and_one_line(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/tiny/events")
+
+    monkeypatch.setattr(cli.Project, "open", full)
+    code, _, err = call("results", "--params", "tiny")
+    assert (code, err) == (1, "runs/tiny/events: the disk is full; make room, and give the command again\n")
+
+
+def test_chat_says_where_seedx_is_talked_to(call: Any) -> None:
+    code, _, err = call("chat", "--params", str(Path(__file__).parent.parent / "params" / "paper.yaml"))
+    assert (code, err) == (1, "paper: chapter 15 talks to SEED-X: `python -m nmlib run --params paper`\n")
 
 
 def test_chat_names_the_stages(call: Any) -> None:

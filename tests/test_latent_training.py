@@ -12,7 +12,7 @@ import yaml
 from pyarrow import parquet
 from test_imports import write_clips, write_sessions
 from test_latent_detokenizer import vae
-from test_seedx_training import PAPER, write_params
+from test_seedx_training import PAPER, run_cells, write_params
 from toy import raised
 
 from nmlib import checkpoint, jobs, latent_training, train
@@ -118,6 +118,19 @@ def test_predictions_are_paired_with_what_they_should_show(tuned: tuple[Run, Pat
     torch.testing.assert_close(torch.cat(parts), tokens, rtol=1e-4, atol=1e-4)
     assert sum(piece.weight for piece in pieces) == pytest.approx(1)
     assert [piece.weight for piece in pieces] == [len(part) / len(tokens) for part in parts]
+
+
+def test_the_notebook_draws_what_the_model_makes(
+    tuned: tuple[Run, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, weights, folder = tuned
+    for name, target in (("weights", weights), (latent_training.VAE, folder)):
+        run.path(name).symlink_to(target)
+    names = run_cells(run, monkeypatch)
+    assert list(names["drawn"]) == ["true", "tokens", "reencode", "oracle"]
+    first = [names["drawn"][policy][0] for policy in ("tokens", "reencode", "oracle")]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2]), "nothing was read yet"
+    assert not torch.equal(names["drawn"]["tokens"][-1], names["drawn"]["oracle"][-1])
 
 
 def test_faces_of_clips_weigh_more_in_a_stage(tuned: tuple[Run, Path, Path]) -> None:

@@ -90,6 +90,7 @@ LAYERS = (
         "plan_stages",
         "quality",
         "seedx_evaluation",
+        "seedx_talk",
         "seedx_training",
         "throughput",
         "workloads",

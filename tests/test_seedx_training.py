@@ -409,6 +409,7 @@ def test_the_notebook_takes_what_was_trained_and_asks_it(
     assert names["lacks"]["stage12"] == ["same", "masked"] and names["lacks"]["markov"] == ["markov"]
     assert set(names["answers"]["stage"]) == {"base", "rollback"} and len(names["shown"]) > 0
     assert [len(row) for row in names["rows"].values()] == [len(names["shown"])] * 2
+    assert len(names["replies"]) == len(names["asked"]) > 1 and list(names["drawn"]) == ["true"]
 
 
 def test_the_notebook_says_what_is_to_be_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,87 @@
+"""A SEED-X that was trained here in a conversation of its own: it replies freely, and reads what it made itself.
+
+The instructions are those of a stored conversation, so that its true pictures can be laid beside the replies. What the
+model reads of a picture that it made is decided by a policy, as in the small world: its predicted tokens, as the
+settings' `history` has it, the decoded picture encoded again, or the true picture.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nmlib.conversation import Conversation
+from nmlib.detokenizer import TokenDecoder
+from nmlib.runtime import device
+from nmlib.seedx_checkpoint import System
+from nmlib.seedx_generate import MAX_NEW_TOKENS, Remember, Reply, SeedXChat, Shown
+from nmlib.seedx_training import to_clip
+from nmlib.seedx_vision import QwenViT
+
+SeedXPolicy = Literal["tokens", "reencode", "oracle"]
+POLICIES: tuple[SeedXPolicy, ...] = get_args(SeedXPolicy)
+
+
+@torch.no_grad()
+def talk(
+    system: System,
+    conversation: Conversation,
+    policy: SeedXPolicy = "tokens",
+    decoder: TokenDecoder | None = None,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[Reply]:
+    """Say the instructions of a conversation, one after the other, and let the model make every picture.
+
+    Args:
+        system: with its encoder.
+        conversation: with pictures; those that the person brings are shown, the others are asked for.
+        policy: what later rounds read of a picture that was made.
+        decoder: draws pictures; needed by `reencode` alone.
+        max_new_tokens: of each reply.
+
+    Returns:
+        A reply for every picture that is asked for; its `images` begin with that picture.
+
+    Raises:
+        ValueError: no pictures, or no decoder for `reencode`.
+    """
+    if system.vit is None or conversation.images is None:
+        raise ValueError(f"conversation {conversation.id!r}: talking needs its pictures, and the system's encoder")
+    vit, agent = system.vit.to(device()), system.agent.to(device()).eval()
+    true = encode(vit, conversation.images)[:, None]  # (R, 1, M, D_feature)
+    asked = [index for index, item in enumerate(conversation.rounds) if not item.is_brought]
+    chat = SeedXChat(agent, system.template, remember=_remember(policy, vit, decoder, [true[i] for i in asked]))
+    replies: list[Reply] = []
+    for index, item in enumerate(conversation.rounds):
+        if item.is_brought:
+            chat.show([item.instruction], [Shown(true[index])])
+        else:
+            replies += chat.say([item.instruction], force_image=True, max_new_tokens=max_new_tokens)
+    return replies
+
+
+def encode(vit: QwenViT, images: Tensor) -> Tensor:
+    """Encoder tokens (B, M, D_feature) of uint8 pictures (B, 3, H, W) of the encoder's size."""
+    pixels = to_clip(images.to(vit.proj.device)).to(vit.proj.dtype)
+    return vit(pixels).float()  # (B, M, D_feature)
+
+
+def _remember(
+    policy: SeedXPolicy, vit: QwenViT, decoder: TokenDecoder | None, true: Sequence[Tensor]
+) -> Remember | None:
+    """What stands in the history for the first picture of each reply; further ones are remembered by their tokens."""
+    if policy == "tokens":
+        return None
+    coming = iter(true)
+
+    def remember(_: int, predicted: Tensor) -> Tensor:
+        if policy == "oracle":
+            return next(coming)[: len(predicted)]  # (n, M, D_feature)
+        assert decoder is not None
+        return encode(vit, (decoder.decode(predicted) * 255).round().byte())  # (n, M, D_feature)
+
+    if policy == "reencode" and decoder is None:
+        raise ValueError("reencode: pictures are drawn and encoded again, which needs a decoder")
+    return remember

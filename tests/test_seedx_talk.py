@@ -1,0 +1,99 @@
+"""SEED-X in a conversation of its own: what it reads of its pictures under every policy."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import seedx_toy
+import torch
+from test_seedx_generate import willing
+from toy import raised
+
+from nmlib.conversation import Conversation, Round
+from nmlib.seedx_checkpoint import System
+from nmlib.seedx_generate import Reply
+from nmlib.seedx_talk import encode, talk
+from nmlib.seedx_vision import QwenViT
+
+ROUNDS = (
+    Round("here is a picture of her", "upload"),
+    Round("make the wall blue", "edit", 0),
+    Round("undo that", "rollback", 0),
+    Round("make the hat red", "edit", 2),
+)
+
+
+def system() -> System:
+    agent, template = willing(0)
+    torch.manual_seed(3)
+    return System(agent, QwenViT(agent.config.vision).eval().requires_grad_(False), template)
+
+
+def told(*rounds: Round) -> Conversation:
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randint(256, (len(rounds), 3, seedx_toy.SIDE, seedx_toy.SIDE), generator=generator).byte()
+    return Conversation("one", "toy", rounds, images)
+
+
+class Painter:
+    """Draws tokens as flat pictures whose grey says what the tokens are."""
+
+    def decode(self, tokens: torch.Tensor, **_: Any) -> torch.Tensor:
+        grey = tokens.mean((1, 2)).sigmoid()[:, None, None, None]
+        return grey.expand(-1, 3, seedx_toy.SIDE, seedx_toy.SIDE)
+
+
+def pictures(replies: list[Reply]) -> torch.Tensor:
+    return torch.stack([reply.images[0] for reply in replies])
+
+
+def test_every_picture_that_is_asked_for_gets_a_reply() -> None:
+    replies = talk(system(), told(*ROUNDS), max_new_tokens=9)
+    assert len(replies) == 3 and all(len(reply.images) >= 1 for reply in replies)
+    assert pictures(replies).isfinite().all()
+
+
+def test_the_prompt_is_laid_out_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first picture is the one that the model predicts in one pass over the sequence that it was trained on."""
+    made, conversation = system(), told(*ROUNDS[:2])
+    assert made.vit is not None and conversation.images is not None
+    features = encode(made.vit, conversation.images)[None]  # (1, R, M, D_feature)
+    monkeypatch.setattr(made.template, "reply", lambda *_: [made.template.boi])  # no words before the picture
+    layout = made.template.prefix([conversation], [1])
+    with torch.no_grad():
+        expected = made.agent.predict(layout, features[layout.history[:, 0], layout.history[:, 1]]).images
+    torch.testing.assert_close(pictures(talk(made, conversation, max_new_tokens=6)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_can_be_brought_in_any_round() -> None:
+    replies = talk(system(), told(ROUNDS[0], ROUNDS[0], ROUNDS[1], ROUNDS[0], ROUNDS[2]), max_new_tokens=6)
+    assert len(replies) == 2
+
+
+def test_what_is_read_of_a_picture_is_decided_by_the_policy() -> None:
+    """The first picture is the same under all; the second reads the first as tokens, drawn and encoded, or true."""
+    made, conversation = system(), told(*ROUNDS)
+    found = {
+        policy: pictures(talk(made, conversation, policy, Painter(), max_new_tokens=6))  # type: ignore[arg-type]
+        for policy in ("tokens", "reencode", "oracle")
+    }
+    first = found["tokens"][0]
+    assert all(torch.equal(images[0], first) for images in found.values())
+    assert not torch.allclose(found["tokens"][1], found["reencode"][1], atol=1e-4)
+    assert not torch.allclose(found["reencode"][1], found["oracle"][1], atol=1e-4)
+    assert made.vit is not None and conversation.images is not None
+    drawn = (Painter().decode(first[None]) * 255).round().byte()
+    swapped = replace(conversation, images=torch.cat([conversation.images[:1], drawn, conversation.images[2:]]))
+    oracle = pictures(talk(made, swapped, "oracle", max_new_tokens=6))
+    torch.testing.assert_close(found["reencode"][1], oracle[1])
+
+
+@pytest.mark.parametrize(
+    ("conversation", "policy", "text"),
+    [
+        (replace(told(*ROUNDS), images=None), "tokens", "conversation 'one': talking needs its pictures, and the"),
+        (told(*ROUNDS), "reencode", "reencode: pictures are drawn and encoded again, which needs a decoder"),
+    ],
+)
+def test_what_cannot_be_said(conversation: Conversation, policy: Any, text: str) -> None:
+    assert raised(lambda: talk(system(), conversation, policy), ValueError).startswith(text)
