@@ -187,6 +187,37 @@ def test_many_stages_are_one_stop_of_the_keyboard(site: Site) -> None:
     expect(shown).to_have_attribute("data-stage", "stage1")
 
 
+def test_every_other_control_answers_to_the_keyboard(site: Site) -> None:
+    """Choices, buttons that act, play, the switch of differences: what the tests above do with the pointer."""
+    page = site.open("all.html")
+    talk, drift = page.locator(".nm-conversation").first, page.locator(".nm-drift")
+    identity = page.locator(".nm-identity")
+    talk.get_by_role("button", name="Undo", exact=True).press("Space")
+    assert current(talk) == "#1"
+    talk.get_by_label("What was said to #1").press("ArrowDown")
+    talk.get_by_role("button", name="Say it to the current picture").press("Enter")
+    assert current(talk) == "#2b"
+    talk.get_by_role("button", name="Picture #3:").press("Enter")
+    talk.get_by_role("button", name="Go to").press("Enter")
+    assert current(talk) == "#3"
+    talk.get_by_role("combobox", name="Conversation").press("ArrowDown")
+    expect(talk.locator(".nm-tree button")).to_have_text(["#1", "#2"])
+    drift.get_by_label("differences to the truth").press("Space")
+    expect(drift.locator(".nm-apart")).to_have_count(4)
+    drift.get_by_role("slider").press("Home")
+    drift.get_by_role("button", name="Play").press("Enter")
+    expect(drift.get_by_role("button", name="Pause")).to_be_visible()
+    expect(drift.get_by_role("button", name="Play")).to_be_visible()
+    expect(drift.get_by_role("slider")).to_have_value("2")
+    before = drift.locator("[data-policy=reencode] img").first.get_attribute("src")
+    drift.get_by_role("combobox", name="Conversation").press("ArrowDown")
+    expect(drift.locator("[data-policy=reencode] img").first).not_to_have_attribute("src", str(before))
+    for label, chosen in (("Person", "Person 2"), ("Prompt", "old")):
+        choice = identity.get_by_label(label)
+        choice.press("ArrowDown")
+        assert choice.locator("option:checked").inner_text() == chosen
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_fits_a_phone_in_both_themes_and_every_picture_is_described(site: Site, theme: str) -> None:
     page = site.open("all.html", width=360, theme=theme)

@@ -14,7 +14,7 @@ import chromium
 import pytest
 from nbformat import write
 from nbformat.v4 import new_code_cell, new_notebook
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 
 TESTS = Path(__file__).parent
 pytestmark = [
@@ -36,6 +36,14 @@ KERNEL_ANSWERS = """async () => {
     await context.ready
     await context.session.kernel.info
 }"""
+OTHERS = """\
+from IPython.display import display
+from test_browser import explorers
+
+from nmlib.explorers import controls
+
+for explorer in [*explorers()[2:], controls(stage=("rollback", "markov"))]:
+    display(explorer)"""
 COUNT = "[len(recorder.session.tokens) for recorder in _._recorders]"  # `_` is the explorer of the cell before
 
 
@@ -59,7 +67,11 @@ def command(port: int, folder: Path) -> list[str]:
 def lab(tmp_path: Path) -> Iterator[str]:
     """The address of a JupyterLab whose folder holds `live.ipynb`."""
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    cells = [new_code_cell(CELL, id="explorer"), new_code_cell(COUNT, id="count")]
+    cells = [
+        new_code_cell(CELL, id="explorer"),
+        new_code_cell(COUNT, id="count"),
+        new_code_cell(OTHERS, id="others"),
+    ]
     write(new_notebook(cells=cells, metadata=kernel), tmp_path / "live.ipynb")
     places = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "RUNTIME")}
     found = os.pathsep.join([str(TESTS.parent), str(TESTS)])
@@ -92,10 +104,25 @@ def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(f"JupyterLab does not answer at {address}:\n{log.read_text()[-2000:]}")
 
 
+def use_the_others(cell: Locator) -> None:
+    """Click through drift and identity, and set what plain controls set."""
+    drift = cell.locator(".nm-drift")
+    expect(drift.get_by_role("slider")).to_have_value("2")
+    for key, round_ in (("ArrowLeft", "Round 1"), ("ArrowRight", "Round 2"), ("Home", "Round 0"), ("End", "Round 2")):
+        drift.get_by_role("slider").press(key)
+        expect(drift.locator(".nm-status")).to_contain_text(round_)
+        expect(drift.locator("img").first).to_have_attribute("alt", f"truth, {round_.lower()}")
+    cell.locator(".nm-identity [data-key=stage-joint]").click()
+    expect(cell.locator(".nm-identity figure[data-stage]")).to_have_attribute("data-stage", "joint")
+    choice = cell.locator(".widget-dropdown select")
+    choice.select_option("markov")
+    expect(choice).to_have_value("markov")
+
+
 def test_a_notebook_is_talked_to(lab: str) -> None:
     with chromium.opened(lab) as site:
         page = site.open("lab/tree/live.ipynb", width=1300)
-        expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(2)
+        expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(3)
         page.evaluate(KERNEL_ANSWERS)
         page.locator(".jp-Cell").nth(0).locator(".jp-InputArea-editor").click()
         run = "name => window.jupyterapp.commands.execute(name)"
@@ -106,4 +133,7 @@ def test_a_notebook_is_talked_to(lab: str) -> None:
         page.locator(".jp-Cell").nth(1).locator(".jp-InputArea-editor").click()
         page.evaluate(run, "notebook:run-cell")
         expect(page.locator(".jp-Cell").nth(1).locator(".jp-OutputArea-output")).to_have_text("[5, 1]")
+        page.locator(".jp-Cell").nth(2).locator(".jp-InputArea-editor").click()
+        page.evaluate(run, "notebook:run-cell")
+        use_the_others(page.locator(".jp-Cell").nth(2))
         site.finish()

@@ -25,8 +25,11 @@ def test_commands_are_targets_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"(?m)^([a-z]+):", makefile)
     variables = re.findall(r"(?m)^([A-Z]+) \?=", makefile)
-    assert [command.split()[1] for command in COMMANDS] == ["check", "test", "book"]
-    for command in COMMANDS:
+    *targeted, last = COMMANDS
+    assert [command.split()[1] for command in targeted] == ["check", "test", "book"]
+    assert last == ".venv/bin/python -m pytest tests/test_built_book.py", "the pages that are published are tested"
+    assert last in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in targeted:
         program, target, *given = command.split()
         assert program == "make" and target in targets, command
         assert {word.partition("=")[0] for word in given} <= set(variables), command
