@@ -70,28 +70,48 @@ def retrieval_rows(
     for history in HISTORIES:
         made = predict_rounds(reader, layout, features, history == "own")
         for row, conversation in enumerate(conversations):
-            for index, item in enumerate(conversation.rounds):
-                if item.base is None or item.kind != "rollback":
-                    continue
-                pictures = images[row, :index]  # (P, 3, H, W)
-                is_branch = not torch.equal(images[row, index], pictures[item.base])
-                if is_branch or torch.equal(pictures[-1], pictures[item.base]):
-                    continue  # a branch shows what no earlier picture shows, and the last one is no way back
-                nearest = nearest_picture(made[row, index], targets[row, :index])
-                distinct = len(torch.unique(pictures.flatten(1), dim=0))
-                found.append(
-                    {
-                        "round": index,
-                        "base": item.base,
-                        "nearest": nearest,
-                        "history": history,
-                        "depth": conversation.depth(index),
-                        "right": torch.equal(pictures[nearest], pictures[item.base]),
-                        "chance": 1 / distinct,
-                        "conversation": conversation.id,
-                    }
-                )
+            found += [
+                judged(conversation, index, made[row, index], targets[row]) | {"history": history}
+                for index in ways_back(conversation)
+            ]
     return found
+
+
+def ways_back(conversation: Conversation) -> list[int]:
+    """Rounds that only go back, to what the last picture does not show."""
+    images, found = conversation.images, list[int]()
+    assert images is not None
+    for index, item in enumerate(conversation.rounds):
+        if item.base is None or item.kind != "rollback":
+            continue
+        is_branch = not torch.equal(images[index], images[item.base])
+        if not is_branch and not torch.equal(images[index - 1], images[item.base]):
+            found.append(index)  # a branch shows what no earlier picture shows, and the last one is no way back
+    return found
+
+
+def judged(conversation: Conversation, index: int, predicted: Tensor, targets: Tensor) -> dict[str, object]:
+    """One row of `retrieval_table`, without its history.
+
+    Args:
+        conversation: with pictures.
+        index: of the round, one of `ways_back`.
+        predicted: (N, D_feature) what was made in it.
+        targets: (R, N, D_feature) of the true pictures.
+    """
+    assert conversation.images is not None
+    pictures, base = conversation.images[:index], conversation.rounds[index].base  # (P, 3, H, W)
+    assert base is not None
+    nearest = nearest_picture(predicted, targets[:index])
+    return {
+        "round": index,
+        "base": base,
+        "nearest": nearest,
+        "depth": conversation.depth(index),
+        "right": torch.equal(pictures[nearest], pictures[base]),
+        "chance": 1 / len(torch.unique(pictures.flatten(1), dim=0)),
+        "conversation": conversation.id,
+    }
 
 
 def retrieval_table(system: System, stored: StoredSet, limit: int | None = None) -> pd.DataFrame:

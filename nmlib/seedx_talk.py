@@ -8,13 +8,15 @@ settings' `history` has it, the decoded picture encoded again, or the true pictu
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from nmlib.conversation import Conversation
 from nmlib.detokenizer import TokenDecoder
-from nmlib.runtime import device
+from nmlib.runtime import device, progress
 from nmlib.seedx_checkpoint import System
+from nmlib.seedx_evaluation import COLUMNS, judged, ways_back
 from nmlib.seedx_generate import MAX_NEW_TOKENS, Remember, Reply, SeedXChat, Shown
 from nmlib.seedx_training import to_clip
 from nmlib.seedx_vision import QwenViT
@@ -60,6 +62,42 @@ def talk(
         else:
             replies += chat.say([item.instruction], force_image=True, max_new_tokens=max_new_tokens)
     return replies
+
+
+def talk_table(
+    system: System,
+    conversations: Sequence[Conversation],
+    policies: Sequence[SeedXPolicy] = ("tokens", "oracle"),
+    decoder: TokenDecoder | None = None,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> pd.DataFrame:
+    """Base retrieval where the model talks by itself: rows as of `seedx_evaluation.retrieval_table`.
+
+    `history` is the policy. Unlike there, every kind of the settings' `history` can be asked: tokens repeated, tokens as
+    they are, or the states of the query tokens.
+
+    Args:
+        system: with its encoder.
+        conversations: with pictures.
+        policies: of which each conversation is talked through once.
+        decoder: draws pictures; needed by `reencode` alone.
+        max_new_tokens: of each reply.
+    """
+    assert system.vit is not None
+    rows: list[dict[str, object]] = []
+    for conversation in progress(conversations, desc="talk"):
+        assert conversation.images is not None
+        targets = system.agent.to_target(encode(system.vit.to(device()), conversation.images))  # (R, N, D_feature)
+        asked = [index for index, item in enumerate(conversation.rounds) if not item.is_brought]
+        for policy in policies:
+            replies = talk(system, conversation, policy, decoder, max_new_tokens=max_new_tokens)
+            made = dict(zip(asked, replies, strict=True))
+            rows += [
+                judged(conversation, index, made[index].images[0], targets) | {"history": policy}
+                for index in ways_back(conversation)
+            ]
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def encode(vit: QwenViT, images: Tensor) -> Tensor:

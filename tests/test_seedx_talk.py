@@ -11,8 +11,9 @@ from toy import raised
 
 from nmlib.conversation import Conversation, Round
 from nmlib.seedx_checkpoint import System
+from nmlib.seedx_evaluation import COLUMNS, nearest_picture
 from nmlib.seedx_generate import Reply
-from nmlib.seedx_talk import encode, talk
+from nmlib.seedx_talk import encode, talk, talk_table
 from nmlib.seedx_vision import QwenViT
 
 ROUNDS = (
@@ -23,8 +24,8 @@ ROUNDS = (
 )
 
 
-def system() -> System:
-    agent, template = willing(0)
+def system(**changes: Any) -> System:
+    agent, template = willing(0, **changes)
     torch.manual_seed(3)
     return System(agent, QwenViT(agent.config.vision).eval().requires_grad_(False), template)
 
@@ -97,3 +98,22 @@ def test_what_is_read_of_a_picture_is_decided_by_the_policy() -> None:
 )
 def test_what_cannot_be_said(conversation: Conversation, policy: Any, text: str) -> None:
     assert raised(lambda: talk(system(), conversation, policy), ValueError).startswith(text)
+
+
+@pytest.mark.parametrize("history", ["repeat", "direct", "states"])
+def test_ways_back_are_asked_of_every_kind_of_history(history: Any) -> None:
+    """One row for every round that only goes back; the rule and the names are those of the other table."""
+    conversation = told(*ROUNDS)
+    assert conversation.images is not None
+    images = conversation.images.clone()
+    images[2] = images[0]
+    made = system(history=history)
+    table = talk_table(made, [replace(conversation, images=images)], max_new_tokens=6)
+    assert list(table.columns) == list(COLUMNS) and list(table["history"]) == ["tokens", "oracle"]
+    assert set(table["round"]) == {2} and set(table["base"]) == {0} and set(table["chance"]) == {0.5}
+    assert made.vit is not None
+    replies = talk(made, replace(conversation, images=images), max_new_tokens=6)
+    targets = made.agent.to_target(encode(made.vit, images))
+    assert table["nearest"][0] == nearest_picture(replies[1].images[0], targets[:2])
+    assert table["right"][0] == (table["nearest"][0] == 0)
+    assert talk_table(made, [told(*ROUNDS)]).empty, "another picture than that of the base is a branch"
