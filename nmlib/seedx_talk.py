@@ -74,8 +74,8 @@ def talk_table(
 ) -> pd.DataFrame:
     """Base retrieval where the model talks by itself: rows as of `seedx_evaluation.retrieval_table`.
 
-    `history` is the policy. Unlike there, every kind of the settings' `history` can be asked: tokens repeated, tokens as
-    they are, or the states of the query tokens.
+    `history` is the policy. Unlike there, every kind of the settings' `history` can be asked: tokens repeated, as they
+    are, or the states of the query tokens.
 
     Args:
         system: with its encoder.
