@@ -82,17 +82,18 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
         if name in others and lender is None:
             write_absent(step, run, shown / f"{name}.ipynb")
             continue
-        notebook = nbformat.read((lender or run).path("chapters", f"{name}.ipynb"), as_version=4)
+        shows = lender or run
+        notebook = nbformat.read(shows.path("chapters", f"{name}.ipynb"), as_version=4)
         if lender is not None:
             lend(notebook, lender.name, f"{_wanted(step, run)} What follows is the run of `params/{lender.name}.yaml`.")
-        warnings += [f"{name}: {text}" for text in polish(notebook, None if run.params.meaningful else run.name)]
+        warnings += [f"{name}: {text}" for text in polish(notebook, None if shows.params.meaningful else shows.name)]
         front |= for_front_page(notebook)
         with runtime.atomic_path(shown / f"{name}.ipynb") as temporary:
             nbformat.write(notebook, temporary)
     if strict and warnings:
         raise RunError(f"{len(warnings)} warnings of notebooks; first: {' '.join(warnings[0].split())}")
     _write_generated(generated, run, root / "book" / "results")
-    _write_front(generated, front)
+    _write_front(generated, front, _RESULT if run.params.seedx is None else _OWN.sub(r"\1cpu:\2", _RESULT))
     # pictures of earlier builds have other names; left here they would be published with this one
     shutil.rmtree(root / "_build" / "html", ignore_errors=True)
     _build(root)
@@ -310,9 +311,8 @@ def for_front_page(notebook: nbformat.NotebookNode) -> dict[str, str]:
     return found
 
 
-def _write_front(folder: Path, front: dict[str, str]) -> None:
+def _write_front(folder: Path, front: dict[str, str], text: str) -> None:
     """Write what the first page shows: the result in a paragraph and a picture, and a conversation to click."""
-    text = _RESULT
     explorer = "<p>This run has no conversation to click.</p>"
     if "image/png" in front:
         picture = Image.open(io.BytesIO(base64.b64decode(front["image/png"]))).convert("RGB")

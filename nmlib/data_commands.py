@@ -39,12 +39,15 @@ def inspect_data(
 @data_app.command("unpack")
 def unpack(
     archive: Annotated[Path, typer.Argument(help="A zip, tar or tar.gz file; of one in parts the name they share.")],
-    to: Annotated[Path, typer.Option(help="Folder that it is unpacked to; an older one is replaced.")],
+    to: Annotated[Path, typer.Option(help="New or empty folder that it is unpacked to.")],
     password: Annotated[str | None, typer.Option(help="Of a zip file.")] = None,
 ) -> None:
     """Unpack an archive whole or not at all; names that lead out of the folder, links and bombs are refused."""
     from nmlib.archives import ArchiveError, extract
 
+    to = to.absolute()
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise RunError(f"{to}: is there already and would be replaced as a whole; give a new folder")
     try:
         count = extract(archive, to, password)
     except ArchiveError as error:
@@ -84,6 +87,7 @@ def clips_of(
     from nmlib.identity import IdentityError
     from nmlib.readers import ReadError
 
+    to = to.absolute()
     try:
         check_target(to, paths)
         found = people_of(paths, to.with_name(f"{to.name}-frames"), max_rejected)

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nmlib.face_sets import HDTF, PICTURES, VFHQ, CelebV, write_people
 from nmlib.frames import ClipError
-from nmlib.inspection import recognise
-from nmlib.readers import Reader, ReadError
+from nmlib.inspection import NotRecognised, recognise
+from nmlib.readers import Reader, ReadError, Rows
 
 UNREADABLE = "clips that cannot be read"
 
@@ -29,15 +29,13 @@ def people_of(paths: Sequence[Path], frames: Path, max_rejected: float = 0.05) -
         max_rejected: share of bad rows of a data set above which reading stops.
 
     Raises:
-        ReadError: a folder that holds neither pictures nor such a data set, or too many bad rows.
+        ReadError: another data set, a damaged table, or too many bad rows.
         ClipError: no clip of a data set can be read.
     """
     people, rejected = list[Path](), Counter[str]()
     for path in paths:
-        if path.is_file() or any(file.suffix.lower() in PICTURES for file in path.glob("*")):
-            people.append(path)
-            continue
-        for found in recognise(path):
+        sets = _data_sets(path)
+        for found in sets:
             if not isinstance(found, (CelebV, VFHQ, HDTF)):
                 raise ReadError(f"{found.root}: {found.kind}; expected clips of faces, or folders of pictures")
             reader = Reader(found, max_rejected)
@@ -48,4 +46,15 @@ def people_of(paths: Sequence[Path], frames: Path, max_rejected: float = 0.05) -
                 first = next(iter(faults.values()), "it lists no clip")
                 raise ClipError(f"{found.root}: {found.kind}: no clip can be read; {first}")
             people += folders
-    return People(people, +rejected)
+        people += [] if sets else [path]
+    return People(list(dict.fromkeys(people)), +rejected)
+
+
+def _data_sets(path: Path) -> list[Rows[Any]]:
+    """What is known in a folder; nothing in a video, a folder of pictures, or what `build_clips` will complain of."""
+    if not path.is_dir() or any(file.suffix.lower() in PICTURES for file in path.iterdir()):
+        return []
+    try:
+        return recognise(path)
+    except NotRecognised:
+        return []

@@ -50,6 +50,10 @@ class StoredConversations:
                 yield number, Record(f"conversation {number}", partial(_same, conversation))
 
 
+class NotRecognised(ReadError):
+    """A folder in which nothing is known."""
+
+
 def recognise(path: Path, image_size: int | None = None, password: str | None = None) -> list[Rows[Any]]:
     """The data sets in a folder or file.
 
@@ -59,7 +63,7 @@ def recognise(path: Path, image_size: int | None = None, password: str | None = 
         password: of a zip file.
 
     Raises:
-        ReadError: nothing that is known, or a damaged table.
+        ReadError: nothing that is known (`NotRecognised`), or a damaged table.
         ArchiveError: a zip file that is refused.
     """
     if path.is_file() and path.suffix == ".zip":
@@ -74,7 +78,7 @@ def recognise(path: Path, image_size: int | None = None, password: str | None = 
         return [StoredConversations(path)]
     found = [*_tables(path, image_size), *_folders(path, image_size)]
     if not found:
-        raise ReadError(f"{path}: not recognised; expected one of {KNOWN}, unpacked")
+        raise NotRecognised(f"{path}: not recognised; expected one of {KNOWN}, unpacked")
     return found
 
 

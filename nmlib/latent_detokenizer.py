@@ -104,13 +104,9 @@ def latent_detokenizer(
         "image_size": image_size,
         "tokens": tokens,
         "feature_dim": feature_dim,
-        "latents": _latents(module),
+        "vae": vae_fingerprint(folder),
     }
     return module, metadata
-
-
-def _latents(module: LatentDetokenizer) -> dict[str, float]:
-    return {"channels": module.channels, "scaling": module.scaling, "shift": module.shift}
 
 
 def vae_fingerprint(folder: Path) -> str:
@@ -137,16 +133,16 @@ def load_latent_detokenizer(path: Path, folder: Path) -> LatentDetokenizer:
         folder: of the VAE.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the VAE has other latents than the one it was trained with.
+        CheckpointError: a file is missing or damaged, or the VAE is another one than that of the training.
     """
     tensors, metadata = checkpoint.load(path)
-    if "latents" not in metadata:
+    if "vae" not in metadata:
         raise CheckpointError(f"{path}: draws pixels and needs no VAE; load it with `codec.load_detokenizer`")
     settings = DetokenizerConfig.model_validate_json(checkpoint.as_json(metadata["settings"]))
     sizes = (metadata["image_size"], metadata["tokens"], metadata["feature_dim"])
-    module, own = latent_detokenizer(settings, *sizes, folder)
-    if own["latents"] != metadata["latents"]:
-        raise CheckpointError(f"{folder}: a VAE of {own['latents']}; {path} was trained with {metadata['latents']}")
+    if vae_fingerprint(folder) != metadata["vae"]:
+        raise CheckpointError(f"{folder}: another VAE than the one that {path} was trained with")
+    module, _ = latent_detokenizer(settings, *sizes, folder)
     return checkpoint.freeze(module, tensors, path)
 
 

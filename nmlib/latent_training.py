@@ -116,7 +116,8 @@ def train_detokenizer(run: Run, name: str, weights: Path, vae: Path | None = Non
 
     Args:
         run: holds params, imported data sets and, for PREDICTED, the trained stage.
-        name: GENERAL, FACES or PREDICTED; the steps before it are trained first.
+        name: GENERAL, FACES or PREDICTED. A step goes on from the file of the one before it, which is trained first if
+            there is none.
         weights: folder that SEED-X released, with the encoder.
         vae: folder of the VAE; by default `vae` in the run's folder.
 
@@ -124,9 +125,9 @@ def train_detokenizer(run: Run, name: str, weights: Path, vae: Path | None = Non
         CheckpointError: weights, VAE or stage are missing or do not fit.
         ValueError: the params file does not say what the step needs, or a data set was not imported.
     """
-    folder, before = vae or run.path(VAE), BEFORE[name]
+    folder, before = vae_folder(run, vae), BEFORE[name]
     sets, optim, settings = _plan(run, name)
-    if before is not None:
+    if before is not None and not run.path(f"{before}.safetensors").exists():
         train_detokenizer(run, before, weights, vae)
     key, path = _key(run, name, sets, weights, folder, settings), run.path(f"{name}.safetensors")
     if (made := train.made(path, key)) is not None:
@@ -140,8 +141,28 @@ def train_detokenizer(run: Run, name: str, weights: Path, vae: Path | None = Non
         checkpoint.load_into(module, checkpoint.load(start)[0], str(start))
     drawer, batch_at = _begin(run, name, module, weights, sets, optim)
     history = train.run_training(run, name, drawer, batch_at, optim, run.params.seed, key, split)
-    train.finish(run, name, module.state_dict(), {**metadata, "history": history, "key": key})
+    metadata |= {"history": history, "key": key, "before": _stored_key(run, before)}
+    train.finish(run, name, module.state_dict(), metadata)
     return history
+
+
+def vae_folder(run: Run, given: Path | None = None) -> Path:
+    """Folder of the VAE: the given one, or `vae` in the run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = given or run.path(VAE)
+    if not folder.is_dir():
+        hint = "" if given else f"; link it there: `ln -s FOLDER {folder}`"
+        raise CheckpointError(f"{folder}: no such folder; expected the VAE of a diffusers pipeline{hint}")
+    return folder.resolve()
+
+
+def _stored_key(run: Run, name: str | None) -> str | None:
+    """The key of a step's file; None where there is none."""
+    path = run.path(f"{name}.safetensors")
+    return str(checkpoint.load(path)[1]["key"]) if name is not None and path.exists() else None
 
 
 def _seedx(run: Run) -> SeedXConfig:
@@ -163,12 +184,12 @@ def _plan(run: Run, name: str) -> tuple[list[str], OptimConfig, list[Settings]]:
         )
     settings: list[Settings] = [params.detokenizer, _seedx(run)]
     if name == GENERAL or tuning is None:
-        _require_parts(name, params.detokenizer.optim, 1)
+        _require_parts(name, params.detokenizer.optim, max(max(set_settings(params, part).rounds) for part in sets))
         return sets, params.detokenizer.optim, settings
     optim = tuning.faces if name == FACES else tuning.predicted
     if name == PREDICTED:
         _require_stage(run, tuning.stage)
-    _require_parts(name, optim, max(set_settings(params, tuning.data).rounds) if name == PREDICTED else 1)
+    _require_parts(name, optim, max(set_settings(params, tuning.data).rounds))
     return sets, optim, [*settings, optim]
 
 
@@ -184,13 +205,19 @@ def _require_stage(run: Run, stage: str) -> None:
         raise CheckpointError(f"{folder}: not trained; `python -m nmlib train --params {run.name} --stage {stage}`")
 
 
-def _require_parts(name: str, optim: OptimConfig, length: int) -> None:
-    """Raise ValueError unless a batch has a row, a picture or a conversation of `length`, for each of its parts."""
-    if optim.batch_size // length < optim.parts:
-        raise ValueError(
-            f"{name}: batch_size {optim.batch_size} is {optim.batch_size // length} rows of {length} pictures; "
-            f"parts {optim.parts} needs at least {optim.parts * length}"
-        )
+def _require_parts(name: str, optim: OptimConfig, longest: int) -> None:
+    """Raise ValueError unless each part of every batch has a row: a conversation, where those are cut, or a picture.
+
+    A batch holds as many whole conversations of one length as its pictures make, and at least one.
+    """
+    for length in range(1, longest + 1):
+        count = max(1, optim.batch_size // length)
+        rows = count if name == PREDICTED else count * length
+        if rows < optim.parts:
+            raise ValueError(
+                f"{name}: batch_size {optim.batch_size} gives {count} conversations of {length} rounds, which cannot "
+                f"be cut into {optim.parts} parts; raise batch_size or lower parts"
+            )
 
 
 def _begin(
@@ -220,8 +247,7 @@ def _key(run: Run, name: str, sets: list[str], weights: Path, vae: Path, setting
     files = [run.path("data", part, "rounds.parquet") for part in sets]
     files += weight_files(require_part(weights, "vit"))
     told = [vae_fingerprint(vae)]
-    if (before := BEFORE[name]) is not None:
-        told.append(str(checkpoint.load(run.path(f"{before}.safetensors"))[1]["key"]))
+    told.append(str(_stored_key(run, BEFORE[name])))
     if name == PREDICTED and run.params.tuning is not None:
         told.append(str(runtime.read_json(run.path(model_name(run.params.tuning.stage)) / NOTES)["key"]))
     return "-".join([train.training_key(run, "latent_training", 0, *settings), fingerprint(files, told)])
@@ -231,10 +257,17 @@ def open_latest(run: Run, vae: Path | None = None) -> LatentDetokenizer | None:
     """The detokenizer of a run after the last step that was trained; None if none was.
 
     Args:
-        run: holds it.
+        run: holds it. A step whose earlier step was trained again since is passed over.
         vae: folder of the VAE; by default `vae` in the run's folder.
+
+    Raises:
+        CheckpointError: there is no VAE, or another one than that of the training.
     """
-    for name in (PREDICTED, FACES, GENERAL):
-        if (path := run.path(f"{name}.safetensors")).exists():
-            return load_latent_detokenizer(path, vae or run.path(VAE))
-    return None
+    latest = None
+    for name in (GENERAL, FACES, PREDICTED):
+        path = run.path(f"{name}.safetensors")
+        if path.exists() and checkpoint.load(path)[1]["before"] == _stored_key(run, BEFORE[name]):
+            latest = path
+        else:
+            break
+    return None if latest is None else load_latent_detokenizer(latest, vae_folder(run, vae))

@@ -100,6 +100,7 @@ def generate(
     *,
     force_image: bool = False,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    max_images: int | None = None,
     one_shot: bool = True,
 ) -> list[Reply]:
     """Let the model speak, word by word the likeliest, until every reply has ended.
@@ -109,6 +110,7 @@ def generate(
         logits: (B, V) after the last token.
         force_image: begin with a picture, whatever the model would say.
         max_new_tokens: of each reply; a picture that would not fit is not begun.
+        max_images: of each reply, which ends behind the last of them.
         one_shot: read a picture's query tokens in one pass; False one by one, to compare.
     """
     template = cache.template
@@ -124,6 +126,7 @@ def generate(
         for row, (reply, word) in enumerate(zip(replies, words, strict=True)):
             step = chain if word == template.boi else [word]
             is_open[row] &= len(reply.ids) + len(step) <= max_new_tokens
+            is_open[row] &= max_images is None or len(made[row]) < max_images
             reply.ids += step if is_open[row] else []
             is_open[row] &= word != template.eos
             fed.append(step if is_open[row] else [])
@@ -178,6 +181,7 @@ class SeedXChat:
         *,
         force_image: bool = False,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        max_images: int | None = None,
         one_shot: bool = True,
     ) -> list[Reply]:
         """One round: an instruction for each conversation, with a picture or without, and the replies to them."""
@@ -189,7 +193,12 @@ class SeedXChat:
         )
         before = self._fork(self.cache)
         replies = generate(
-            self.cache, logits, force_image=force_image, max_new_tokens=max_new_tokens, one_shot=one_shot
+            self.cache,
+            logits,
+            force_image=force_image,
+            max_new_tokens=max_new_tokens,
+            max_images=max_images,
+            one_shot=one_shot,
         )
         if self.remember is not None or self.agent.config.history != "states":
             self.cache = before

@@ -5,11 +5,12 @@ model reads of a picture that it made is decided by a policy, as in the small wo
 settings' `history` has it, the decoded picture encoded again, or the true picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nmlib.conversation import Conversation
@@ -44,7 +45,8 @@ def talk(
         max_new_tokens: of each reply.
 
     Returns:
-        A reply for every picture that is asked for; its `images` begin with that picture.
+        A reply for every picture that is asked for, which ends with that picture. A model that only talks is asked
+        again, and made to draw first.
 
     Raises:
         ValueError: no pictures, or no decoder for `reencode`.
@@ -54,13 +56,18 @@ def talk(
     vit, agent = system.vit.to(device()), system.agent.to(device()).eval()
     true = encode(vit, conversation.images)[:, None]  # (R, 1, M, D_feature)
     asked = [index for index, item in enumerate(conversation.rounds) if not item.is_brought]
-    chat = SeedXChat(agent, system.template, remember=_remember(policy, vit, decoder, [true[i] for i in asked]))
     replies: list[Reply] = []
+    remember = _remember(policy, vit, decoder, lambda: true[asked[len(replies)]])
+    chat = SeedXChat(agent, system.template, remember=remember)
     for index, item in enumerate(conversation.rounds):
         if item.is_brought:
             chat.show([item.instruction], [Shown(true[index])])
-        else:
-            replies += chat.say([item.instruction], force_image=True, max_new_tokens=max_new_tokens)
+            continue
+        (reply,) = chat.say([item.instruction], max_new_tokens=max_new_tokens, max_images=1)
+        if not len(reply.images):
+            chat.undo()
+            (reply,) = chat.say([item.instruction], force_image=True, max_new_tokens=max_new_tokens, max_images=1)
+        replies.append(reply)
     return replies
 
 
@@ -101,22 +108,28 @@ def talk_table(
 
 
 def encode(vit: QwenViT, images: Tensor) -> Tensor:
-    """Encoder tokens (B, M, D_feature) of uint8 pictures (B, 3, H, W) of the encoder's size."""
-    pixels = to_clip(images.to(vit.proj.device)).to(vit.proj.dtype)
+    """Encoder tokens (B, M, D_feature) of uint8 pictures (B, 3, H, W), resized to the encoder's size if need be."""
+    size = (vit.settings.image_size, vit.settings.image_size)
+    images = images.to(vit.proj.device)
+    if images.shape[-2:] != size:
+        resized = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+        images = resized.round().clamp(0, 255).byte()  # (B, 3, H, W)
+    pixels = to_clip(images).to(vit.proj.dtype)
     return vit(pixels).float()  # (B, M, D_feature)
 
 
 def _remember(
-    policy: SeedXPolicy, vit: QwenViT, decoder: TokenDecoder | None, true: Sequence[Tensor]
+    policy: SeedXPolicy, vit: QwenViT, decoder: TokenDecoder | None, true: Callable[[], Tensor]
 ) -> Remember | None:
-    """What stands in the history for the first picture of each reply; further ones are remembered by their tokens."""
+    """What stands in the history for the picture of a reply; None for its tokens."""
     if policy == "tokens":
         return None
-    coming = iter(true)
 
     def remember(_: int, predicted: Tensor) -> Tensor:
         if policy == "oracle":
-            return next(coming)[: len(predicted)]  # (n, M, D_feature)
+            return true()[: len(predicted)]  # (n, M, D_feature)
+        if not len(predicted):  # of a reply of words alone
+            return predicted
         assert decoder is not None
         return encode(vit, (decoder.decode(predicted) * 255).round().byte())  # (n, M, D_feature)
 

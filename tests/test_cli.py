@@ -37,6 +37,9 @@ def test_an_archive_is_unpacked_or_refused(call: Any, tmp_path: Path) -> None:
         archive.writestr("../one.txt", "1")
     code, out, _ = call("data", "unpack", str(tmp_path / "a.zip"), "--to", str(tmp_path / "a"))
     assert (code, out) == (0, f"{tmp_path / 'a'}: 1 files\n") and (tmp_path / "a/part/one.txt").read_text() == "1"
+    code, _, err = call("data", "unpack", str(tmp_path / "a.zip"), "--to", str(tmp_path))
+    assert code == 1 and err == f"{tmp_path}: is there already and would be replaced as a whole; give a new folder\n"
+    assert (tmp_path / "a.zip").exists()
     code, _, err = call("data", "unpack", str(tmp_path / "b.zip"), "--to", str(tmp_path / "b"))
     assert code == 1 and "../one.txt" in err and not (tmp_path / "b").exists()
 

@@ -183,9 +183,16 @@ def test_data_sets_and_single_clips_become_folders_of_one_person_each(tmp_path: 
     assert people_of([root], frames, 0.3).people == [frames / "a"]
     assert (frames / "a" / "a_1-0.png").stat().st_mtime_ns == kept
     assert "1 missing video" in raised(lambda: people_of([root], frames, 0.1), ReadError)
+    kept_videos = {path: path.read_bytes() for path in (root / "processed").iterdir()}
     (root / "processed" / "a_1.mp4").write_bytes(b"no video")
     (root / "processed" / "a_2.mp4").write_bytes(b"no video")
     text = raised(lambda: people_of([root], tmp_path / "new", 0.3), ClipError)
     assert text.startswith(f"{root}: CelebV-HQ: no clip can be read; {root / 'processed' / 'a_1.mp4'}: damaged")
+    for path, content in kept_videos.items():
+        path.write_bytes(content)
     (tmp_path / "empty").mkdir()
-    assert "not recognised" in raised(lambda: people_of([tmp_path / "empty"], frames), ReadError)
+    strange = [tmp_path / "empty", tmp_path / "gone.mp4"]
+    assert people_of(strange, frames).people == strange, "the manifest will say what is wrong with them"
+    assert people_of([root, root], frames, 0.3).people == [frames / "a"], "one person, listed once"
+    write(root, "celebvhq_info.json", "{")
+    assert "cannot be read" in raised(lambda: people_of([root], frames), ReadError)

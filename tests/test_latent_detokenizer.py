@@ -133,12 +133,9 @@ def test_a_file_draws_the_same_with_its_vae_alone(tmp_path: Path) -> None:
     loaded = load_latent_detokenizer(path, tmp_path / "vae")
     assert torch.equal(loaded.decode(tokens()), made.eval().decode(tokens()))
     text = raised(lambda: load_latent_detokenizer(path, tmp_path / "other"), CheckpointError)
-    assert text == (
-        f"{tmp_path / 'other'}: a VAE of {{'channels': 6, 'scaling': 0.7, 'shift': 0.0}}; {path} was trained with "
-        "{'channels': 4, 'scaling': 0.7, 'shift': 0.0}"
-    )
+    assert text == f"{tmp_path / 'other'}: another VAE than the one that {path} was trained with"
     assert "no VAE" in raised(lambda: load_latent_detokenizer(path, tmp_path / "none"), CheckpointError)
-    del metadata["latents"]
+    del metadata["vae"]
     checkpoint.save(path, made.state_dict(), metadata)
     text = raised(lambda: load_latent_detokenizer(path, tmp_path / "vae"), CheckpointError)
     assert text == f"{path}: draws pixels and needs no VAE; load it with `codec.load_detokenizer`"

@@ -21,7 +21,7 @@ from nmlib.conversation import ConversationError
 from nmlib.folder_clips import BOXES
 from nmlib.imports import import_set
 from nmlib.latent_detokenizer import load_latent_detokenizer
-from nmlib.latent_training import FACES, GENERAL, PREDICTED, predicted_pairs, split
+from nmlib.latent_training import FACES, GENERAL, PREDICTED, open_latest, predicted_pairs, split
 from nmlib.runtime import Run, RunError, write_json
 from nmlib.seedx_training import PictureReader, open_stage, stage_batches
 from nmlib.stored_sets import StoredSet
@@ -133,6 +133,21 @@ def test_the_notebook_draws_what_the_model_makes(
     assert not torch.equal(names["drawn"]["tokens"][-1], names["drawn"]["oracle"][-1])
 
 
+def test_a_step_that_its_earlier_step_left_behind_is_passed_over(tuned: tuple[Run, Path, Path], tmp_path: Path) -> None:
+    run = Run(tuned[0].params, tmp_path)
+    assert open_latest(run, tuned[2]) is None
+    for name in (GENERAL, FACES, PREDICTED):
+        shutil.copy(tuned[0].path(f"{name}.safetensors"), tmp_path)
+    opened = open_latest(run, tuned[2])
+    assert opened is not None
+    latest = checkpoint.load(run.path(f"{PREDICTED}.safetensors"))[0]
+    assert all(torch.equal(opened.state_dict()[name], tensor) for name, tensor in latest.items())
+    tensors, metadata = checkpoint.load(run.path(f"{GENERAL}.safetensors"))
+    checkpoint.save(run.path(f"{GENERAL}.safetensors"), tensors, metadata | {"key": "trained again"})
+    opened = open_latest(run, tuned[2])
+    assert opened is not None and torch.equal(opened.state_dict()["null"], tensors["null"])
+
+
 def test_faces_of_clips_weigh_more_in_a_stage(tuned: tuple[Run, Path, Path]) -> None:
     """A face in the upper left quarter of 4 x 4 cells: two rows of 2, 2, 1, 1, mean 1.25; every row is a token."""
     run, weights, _ = tuned
@@ -162,14 +177,22 @@ def test_faces_of_clips_weigh_more_in_a_stage(tuned: tuple[Run, Path, Path]) -> 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     run = small(tmp_path)
     seedx_toy.write_released(tmp_path / "seed_x")
-    text = raised(lambda: jobs.train_one(run, GENERAL, weights=tmp_path / "seed_x"), ValueError)
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    text = raised(lambda: jobs.train_one(run, GENERAL, weights=tmp_path / "seed_x", vae=folder), ValueError)
     assert text == (
         "toy: detokenizer learns from base or markov or rollback or masked or paired or same, of which none was "
         "imported; `python -m nmlib data import FOLDER --params toy --name base`"
     )
     import_set(run, "base", [write_sessions(tmp_path / "magicbrush")])
     text = raised(lambda: jobs.train_one(run, GENERAL, weights=tmp_path / "seed_x"), CheckpointError)
-    assert text.startswith(f"{run.path(latent_training.VAE)}: no VAE")
+    place = run.path(latent_training.VAE)
+    assert (
+        text
+        == f"{place}: no such folder; expected the VAE of a diffusers pipeline; link it there: `ln -s FOLDER {place}`"
+    )
+    run.path(latent_training.VAE).mkdir()
+    assert "no VAE" in raised(lambda: jobs.train_one(run, GENERAL, weights=tmp_path / "seed_x"), CheckpointError)
     text = raised(lambda: jobs.train_one(run, FACES, weights=tmp_path / "seed_x"), ValueError)
     assert text.startswith("toy: detokenizer-faces learns from paired, of which none was imported; ")
     shutil.copytree(run.path("data", "base"), run.path("data", "paired"), dirs_exist_ok=True)
@@ -187,12 +210,15 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 def test_settings_that_cannot_be_trained(tmp_path: Path) -> None:
     seedx_toy.write_released(tmp_path / "seed_x")
-    start = lambda run, name: jobs.train_one(run, name, weights=tmp_path / "seed_x")  # noqa: E731
+    start = lambda run, name: jobs.train_one(run, name, weights=tmp_path / "seed_x", vae=tmp_path)  # noqa: E731
     optim = {"steps": 4, "batch_size": 3, "learning_rate": 1e-3, "parts": 4}
     run = small(tmp_path / "parts", optim)
     import_set(run, "base", [write_sessions(tmp_path / "magicbrush")])
     text = raised(lambda: start(run, GENERAL), ValueError)
-    assert text == "detokenizer: batch_size 3 is 3 rows of 1 pictures; parts 4 needs at least 4"
+    assert text == (
+        "detokenizer: batch_size 3 gives 3 conversations of 1 rounds, which cannot be cut into 4 parts; "
+        "raise batch_size or lower parts"
+    )
     run = small(tmp_path / "history", seedx=seedx_toy.settings(history="direct").model_dump(mode="json"))
     import_set(run, "base", [tmp_path / "magicbrush"])
     shutil.copytree(run.path("data", "base"), run.path("data", "paired"), dirs_exist_ok=True)

@@ -48,15 +48,37 @@ def pictures(replies: list[Reply]) -> torch.Tensor:
     return torch.stack([reply.images[0] for reply in replies])
 
 
-def test_every_picture_that_is_asked_for_gets_a_reply() -> None:
-    replies = talk(system(), told(*ROUNDS), max_new_tokens=9)
-    assert len(replies) == 3 and all(len(reply.images) >= 1 for reply in replies)
+def test_every_picture_that_is_asked_for_gets_a_reply_that_ends_with_it() -> None:
+    made = system()
+    replies = talk(made, told(*ROUNDS), max_new_tokens=40)
+    assert len(replies) == 3 and all(len(reply.images) == 1 for reply in replies)
+    assert all(reply.ids[-1] == made.template.eoi for reply in replies)
     assert pictures(replies).isfinite().all()
 
 
+def test_a_model_that_only_talks_is_made_to_draw() -> None:
+    made = system()
+    with torch.no_grad():
+        made.agent.llm.lm_head.weight[made.template.boi] = -made.agent.llm.lm_head.weight[made.template.boi]
+    replies = talk(made, told(*ROUNDS), "reencode", Painter(), max_new_tokens=9)
+    assert all(reply.ids[0] == made.template.boi and len(reply.images) == 1 for reply in replies)
+
+
+def test_pictures_of_another_size_are_resized_for_the_encoder() -> None:
+    vit = system().vit
+    assert vit is not None
+    small = torch.randint(256, (2, 3, 14, 14), generator=torch.Generator().manual_seed(1)).byte()
+    large = small.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert encode(vit, large).shape == (2, 16, 32)
+    flat = torch.full((1, 3, 56, 56), 90).byte()
+    torch.testing.assert_close(encode(vit, flat), encode(vit, flat[:, :, :28, :28]))
+
+
 def test_the_prompt_is_laid_out_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first picture is the one that the model predicts in one pass over the sequence that it was trained on."""
+    """Made to draw at once, it draws what it predicts in one pass over the sequence that it was trained on."""
     made, conversation = system(), told(*ROUNDS[:2])
+    with torch.no_grad():
+        made.agent.llm.lm_head.weight[made.template.boi] = -made.agent.llm.lm_head.weight[made.template.boi]
     assert made.vit is not None and conversation.images is not None
     features = encode(made.vit, conversation.images)[None]  # (1, R, M, D_feature)
     monkeypatch.setattr(made.template, "reply", lambda *_: [made.template.boi])  # no words before the picture
@@ -75,7 +97,7 @@ def test_what_is_read_of_a_picture_is_decided_by_the_policy() -> None:
     """The first picture is the same under all; the second reads the first as tokens, drawn and encoded, or true."""
     made, conversation = system(), told(*ROUNDS)
     found = {
-        policy: pictures(talk(made, conversation, policy, Painter(), max_new_tokens=6))  # type: ignore[arg-type]
+        policy: pictures(talk(made, conversation, policy, Painter(), max_new_tokens=20))  # type: ignore[arg-type]
         for policy in ("tokens", "reencode", "oracle")
     }
     first = found["tokens"][0]
@@ -85,7 +107,7 @@ def test_what_is_read_of_a_picture_is_decided_by_the_policy() -> None:
     assert made.vit is not None and conversation.images is not None
     drawn = (Painter().decode(first[None]) * 255).round().byte()
     swapped = replace(conversation, images=torch.cat([conversation.images[:1], drawn, conversation.images[2:]]))
-    oracle = pictures(talk(made, swapped, "oracle", max_new_tokens=6))
+    oracle = pictures(talk(made, swapped, "oracle", max_new_tokens=20))
     torch.testing.assert_close(found["reencode"][1], oracle[1])
 
 
@@ -108,11 +130,11 @@ def test_ways_back_are_asked_of_every_kind_of_history(history: Any) -> None:
     images = conversation.images.clone()
     images[2] = images[0]
     made = system(history=history)
-    table = talk_table(made, [replace(conversation, images=images)], max_new_tokens=6)
+    table = talk_table(made, [replace(conversation, images=images)], max_new_tokens=20)
     assert list(table.columns) == list(COLUMNS) and list(table["history"]) == ["tokens", "oracle"]
     assert set(table["round"]) == {2} and set(table["base"]) == {0} and set(table["chance"]) == {0.5}
     assert made.vit is not None
-    replies = talk(made, replace(conversation, images=images), max_new_tokens=6)
+    replies = talk(made, replace(conversation, images=images), max_new_tokens=20)
     targets = made.agent.to_target(encode(made.vit, images))
     assert table["nearest"][0] == nearest_picture(replies[1].images[0], targets[:2])
     assert table["right"][0] == (table["nearest"][0] == 0)
