@@ -107,3 +107,12 @@ def test_a_face_is_unrecognisable_below_the_bound_of_the_paper(value: float, ver
     place = [id_ in claim.ids for claim in claims.CLAIMS].index(True)
     page = claims.page(everything() | {id_: record(id_, value)}, PARAMS, {})
     assert verdicts(page)[place] == verdict, "the interval has to end below 0.2"
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(0.1, "reproduced"), (0.16, "trend only"), (0.5, "not reproduced")])
+def test_identity_collapses_below_the_bound_and_tends_to_below_the_middle(value: float, verdict: str) -> None:
+    """Between a stranger at 0.1 and the true answer at 0.8 the middle is 0.45."""
+    values = {"base": value, "floor": 0.1, "ceiling": 0.8}
+    found = {id_: record(id_, number) for name, number in values.items() if (id_ := f"people.identity.{name}")}
+    place = ["people.identity.floor" in claim.ids for claim in claims.CLAIMS].index(True)
+    assert verdicts(claims.page(everything() | found, PARAMS, {}))[place] == verdict
