@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import nbformat
 import yaml
 from PIL import Image
 
-from nmlib import claims, config, links, records, runtime
+from nmlib import claims, config, links, measured, records, runtime
 from nmlib.runtime import Run, RunError
 from nmlib.steps import Step, read_step
 
@@ -76,15 +76,17 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     warnings: list[str] = []
     front: dict[str, str] = {}
+    lent: dict[str, claims.Records] = {}
     for name in names:
         step = _step(root, name)
-        lender = lender_of(step, run, root / "book" / "results") if name in others else None
+        lender = lender_of(step, run) if name in others else None
         if name in others and lender is None:
             write_absent(step, run, shown / f"{name}.ipynb")
             continue
         shows = lender or run
         notebook = nbformat.read(shows.path("chapters", f"{name}.ipynb"), as_version=4)
         if lender is not None:
+            lent[f"{measured.LENT}{lender.name}"] = records.read_records(lender)
             lend(notebook, lender.name, f"{_wanted(step, run)} What follows is the run of `params/{lender.name}.yaml`.")
         warnings += [f"{name}: {text}" for text in polish(notebook, None if shows.params.meaningful else shows.name)]
         front |= for_front_page(notebook)
@@ -92,12 +94,17 @@ def build_book(root: Path, run: Run, *, strict: bool = False) -> Path:
             nbformat.write(notebook, temporary)
     if strict and warnings:
         raise RunError(f"{len(warnings)} warnings of notebooks; first: {' '.join(warnings[0].split())}")
-    _write_generated(generated, run, root / "book" / "results")
+    _write_generated(generated, run, root / "book" / "results", lent)
     _write_front(generated, front, _RESULT if run.params.seedx is None else _OWN.sub(r"\1cpu:\2", _RESULT))
-    # pictures of earlier builds have other names; left here they would be published with this one
-    shutil.rmtree(root / "_build" / "html", ignore_errors=True)
-    _build(root)
+    return _render(root, names)
+
+
+def _render(root: Path, names: Sequence[str]) -> Path:
+    """Make the pages of everything that lies in `book/`; returns the first one."""
     html = root / "_build" / "html"
+    # pictures of earlier builds have other names; left here they would be published with this one
+    shutil.rmtree(html, ignore_errors=True)
+    _build(root)
     for name in names:  # what a reader downloads is the notebook itself, to be run, without the pictures of this run
         shutil.copyfile(root / "notebooks" / f"{name}.ipynb", html / "_sources" / "chapters" / f"{name}.ipynb")
     broken = links.broken_links(html)
@@ -126,35 +133,29 @@ def _wanted(step: Step, run: Run) -> str:
     return f"This chapter {wanted}, and `params/{run.name}.yaml` {found}."
 
 
-def lender_of(step: Step, run: Run, results: Path) -> Run | None:
-    """Another run beside this one that shows a chapter which this one has nothing for; the first by name, or None.
+def lender_of(step: Step, run: Run) -> Run | None:
+    """Another run beside this one that executed a chapter which this one has nothing for; the first by name, or None.
 
     Args:
         step: the chapter.
-        run: the run whose book is built.
-        results: folder of published results. A run lends only what it published, so that the numbers in its text,
-            which are read there, are those of its figures.
+        run: the run whose book is built; what means something is lent by what means something.
     """
     for copy in sorted(run.folder.parent.glob("*/params.yaml")):
         try:
             other = Run(config.load(copy), copy.parent)
         except config.ParamsError:  # of an earlier version
             continue
-        file = results / f"{other.name}.json"
-        if other.name == run.name or not step.applies(other.params) or not file.exists():
-            continue
-        own = {id_: record.value for id_, record in records.read_records(other).items()}
-        published = {id_: record.value for id_, record in records.read_records(file).items()}
-        if other.path("chapters", f"{step.name}.ipynb").exists() and published == own:
+        is_like = other.name != run.name and (other.params.meaningful or not run.params.meaningful)
+        if is_like and step.applies(other.params) and (copy.parent / "chapters" / f"{step.name}.ipynb").exists():
             return other
     return None
 
 
 def lend(notebook: nbformat.NotebookNode, lender: str, note: str) -> None:
-    """Let an executed chapter of another run say so, and read its numbers in that run's published results."""
+    """Let an executed chapter of another run say so, and read its numbers in that run's records."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = _OWN.sub(rf"\1{lender}:\2", cell.source)
+            cell.source = _OWN.sub(rf"\1{measured.LENT}{lender}:\2", cell.source)
     _add_note(notebook, f":::{{note}}\n{note}\n:::\n")
 
 
@@ -258,7 +259,7 @@ published one that is made for the claim. *Reproduced* means that intervals are 
 in the claimed order."""
 
 
-def _write_generated(folder: Path, run: Run, results: Path) -> None:
+def _write_generated(folder: Path, run: Run, results: Path, lent: Mapping[str, claims.Records]) -> None:
     """Write the pages that say what this book was built from, and what it and the published runs found."""
     found = records.read_records(run)
     published = {file.stem: records.read_records(file) for file in sorted(results.glob("*.json"))}
@@ -275,9 +276,10 @@ def _write_generated(folder: Path, run: Run, results: Path) -> None:
     for name, text in pages.items():
         with runtime.atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    # where `{measured}` in the chapters finds the numbers of this run
-    rows = {id_: record.model_dump(mode="json", exclude={"id"}) for id_, record in found.items()}
-    runtime.write_json(folder / "records.json", rows)
+    # where `{measured}` in the chapters finds the numbers of this run, and of those that lend chapters
+    for name, of_run in {"records": found, **lent}.items():
+        rows = {id_: record.model_dump(mode="json", exclude={"id"}) for id_, record in of_run.items()}
+        runtime.write_json(folder / f"{name}.json", rows)
 
 
 def _all_results(name: str, found: claims.Records, published: Mapping[str, claims.Records]) -> str:

@@ -12,6 +12,7 @@ from nmlib import records
 from nmlib.records import Record
 from nmlib.runtime import RunError
 
+LENT = "lent_"  # before the params of a run that lends a chapter to the book of another
 NO_BREAK = "\u00a0"
 
 _REFERENCE = re.compile(r"(?:(?P<params>[a-z0-9_]+):)?(?P<id>[a-z0-9_.]+)(?::\.(?P<digits>\d)f)?")
@@ -61,10 +62,11 @@ def look_up(reference: str, book: Path) -> tuple[Record, int]:
     if match is None:
         raise RunError(f"{reference!r} names no record; expected `id` or `params:id`, with `:.3f` behind it or nothing")
     params, id_ = match["params"], match["id"]
-    file = book / "generated" / "records.json" if params is None else book / "results" / f"{params}.json"
+    is_shown = params is None or params.startswith(LENT)
+    file = book / "generated" / f"{params or 'records'}.json" if is_shown else book / "results" / f"{params}.json"
     found = records.read_records(file) if file.exists() else {}
     if id_ not in found:
-        cure = "run the notebook that measures it" if params is None else f"publish it from a run of `{params}`"
+        cure = "run the notebook that measures it" if is_shown else f"publish it from a run of `{params}`"
         raise RunError(f"record {id_!r} is missing in {file.relative_to(book)}; {cure}")
     return found[id_], int(match["digits"] or 2)
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from conftest import write_notebook
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from toy import raised
 
-from nmlib import book, claims, links
+from nmlib import book, claims, links, measured
 from nmlib.config import SeedXConfig
 from nmlib.pipeline import Project
 from nmlib.records import read_records, write_record
@@ -97,8 +98,8 @@ def book_root(project_root: Path) -> Path:
     shutil.copytree(ROOT / "book", pages, ignore=shutil.ignore_patterns("chapters", "generated", "results", "api"))
     shutil.copy(ROOT / "_config.yml", project_root)
     toc = yaml.safe_load((pages / "_toc.yml").read_text())
+    toc["parts"] = [part for part in toc["parts"] if part["caption"] not in ("Begin here", "Library")]
     toc["parts"][0]["chapters"] = [{"file": "chapters/01_one"}, {"file": "chapters/02_two"}]
-    toc["parts"] = [part for part in toc["parts"] if part["caption"] != "Library"]
     (pages / "_toc.yml").write_text(yaml.safe_dump(toc))
     for page in pages.glob("*.md"):
         page.write_text(re.sub(r"\{doc\}(`(chapters|api)/)", r"\1", page.read_text()))
@@ -174,32 +175,39 @@ def test_every_module_is_on_one_page_of_the_api_and_every_page_is_listed() -> No
     assert pages == {}
 
 
-def test_a_chapter_is_lent_by_a_run_that_published_what_it_measured(project_root: Path, tmp_path: Path) -> None:
+def test_a_chapter_is_lent_by_a_run_that_executed_it(project_root: Path) -> None:
     lender = Project(project_root).open("tiny")
     run = Run(lender.params.model_copy(update={"people": {}, "name": "own"}), project_root / "runs" / "own")
     step = Step(project_root / "notebooks" / "01_one.ipynb", "", "", (), about="people")
-    assert book.lender_of(step, run, tmp_path) is None
-    write_record(lender, "a.b", 0.5, n=3, modules=("runtime",))
-    rows = {id_: record.model_dump(mode="json", exclude={"id"}) for id_, record in read_records(lender).items()}
-    write_json(tmp_path / "tiny.json", rows)
-    assert book.lender_of(step, run, tmp_path) is None, "it did not run this chapter"
+    assert book.lender_of(step, run) is None
     write_notebook(lender.path("chapters", "01_one.ipynb"), "Title", "1 + 1")
-    found = book.lender_of(step, run, tmp_path)
+    found = book.lender_of(step, run)
     assert found is not None and found.name == "tiny"
-    assert book.lender_of(step, lender, tmp_path) is None, "nobody lends to itself"
-    rows["a.b"]["value"] = 0.6
-    write_json(tmp_path / "tiny.json", rows)
-    assert book.lender_of(step, run, tmp_path) is None, "published was another run"
+    assert book.lender_of(step, lender) is None, "nobody lends to itself"
+    params = lender.path("params.yaml")
+    params.write_text(params.read_text() + "\nmeaningful: false\n")
+    assert book.lender_of(step, run) is None, "what means nothing is not shown among what does"
+    params.write_text("name: [")
+    assert book.lender_of(step, run) is None, "a params file of an earlier version"
 
 
-def test_a_chapter_that_is_lent_reads_the_numbers_of_its_own_run() -> None:
+def test_a_chapter_that_is_lent_reads_the_numbers_of_its_own_run(book_root: Path) -> None:
     words = "Of {measured}`a.b_c` and {measured-value}`a.b:.3f`, not of {measured}`cpu:a.b`."
     notebook = executed()
     notebook.cells.append(new_markdown_cell(words))
     book.lend(notebook, "people", "Whose this is.")
     assert notebook.cells[0].source.startswith("# Title\n\n:::{note}\nWhose this is.\n:::")
-    read = "Of {measured}`people:a.b_c` and {measured-value}`people:a.b:.3f`, not of {measured}`cpu:a.b`."
+    read = "Of {measured}`lent_people:a.b_c` and {measured-value}`lent_people:a.b:.3f`, not of {measured}`cpu:a.b`."
     assert notebook.cells[-1].source == read
+    run = Project(book_root).open("tiny")
+    write_record(run, "a.b", 0.125, n=3, modules=("runtime",))
+    pages, found = book_root / "book", read_records(run)
+    for id_ in {id_ for claim in claims.CLAIMS for id_ in claim.ids}:
+        write_record(run, id_, 0.5, n=3, modules=("runtime",))
+    book._write_generated(pages / "generated", run, pages / "results", {"lent_people": found})
+    assert measured.look_up("lent_people:a.b:.3f", pages) == (found["a.b"], 3)
+    text = raised(lambda: measured.look_up("lent_people:c.d", pages), RunError)
+    assert text == "record 'c.d' is missing in generated/lent_people.json; run the notebook that measures it"
 
 
 def test_strict_book_refuses_a_warning(book_root: Path) -> None:
