@@ -185,8 +185,11 @@ def test_a_chapter_is_lent_by_a_run_that_executed_it(project_root: Path) -> None
     assert found is not None and found.name == "tiny"
     assert book.lender_of(step, lender) is None, "nobody lends to itself"
     params = lender.path("params.yaml")
-    params.write_text(params.read_text() + "\nmeaningful: false\n")
-    assert book.lender_of(step, run) is None, "what means nothing is not shown among what does"
+    raw = yaml.safe_load(params.read_text())
+    for lends, shows in ((True, True), (True, False), (False, False), (False, True)):
+        params.write_text(yaml.safe_dump(raw | {"meaningful": lends}))
+        found = book.lender_of(step, Run(run.params.model_copy(update={"meaningful": shows}), run.folder))
+        assert (found is not None) == (lends or not shows), "what means nothing is not shown among what does"
     params.write_text("name: [")
     assert book.lender_of(step, run) is None, "a params file of an earlier version"
 

@@ -71,7 +71,7 @@ def test_each_step_goes_on_from_the_one_before(tuned: tuple[Run, Path, Path]) ->
 def test_what_is_made_is_not_made_again(
     tuned: tuple[Run, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Another VAE, or a stage that was trained anew, asks for another training."""
+    """Another VAE, an earlier step or a stage that was trained anew asks for another training."""
     run, weights, folder = tuned
 
     def refuse(*_: object, **__: object) -> None:
@@ -82,6 +82,11 @@ def test_what_is_made_is_not_made_again(
     vae(shift=0.5).save_pretrained(tmp_path)  # weights of the same names and sizes
     with pytest.raises(AssertionError, match="trains again"):
         jobs.train_one(run, GENERAL, weights=weights, vae=tmp_path)
+    tensors, metadata = checkpoint.load(run.path(f"{GENERAL}.safetensors"))
+    checkpoint.save(run.path(f"{GENERAL}.safetensors"), tensors, metadata | {"key": "trained again"})
+    with pytest.raises(AssertionError, match="trains again"):
+        jobs.train_one(run, FACES, weights=weights, vae=folder)
+    checkpoint.save(run.path(f"{GENERAL}.safetensors"), tensors, metadata)
     notes = run.folder / "models" / "rollback" / "training.json"
     told = notes.read_text()
     notes.write_text(told.replace('"key": "', '"key": "other'))

@@ -89,8 +89,15 @@ def test_the_prompt_is_laid_out_as_in_training(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_pictures_can_be_brought_in_any_round() -> None:
-    replies = talk(system(), told(ROUNDS[0], ROUNDS[0], ROUNDS[1], ROUNDS[0], ROUNDS[2]), max_new_tokens=6)
-    assert len(replies) == 2
+    """And that very picture is read: another one in round 3 changes what comes after it, and only that."""
+    made, conversation = system(), told(ROUNDS[0], ROUNDS[0], ROUNDS[1], ROUNDS[0], ROUNDS[2])
+    assert conversation.images is not None
+    images = conversation.images.clone()
+    images[3] = 255 - images[3]
+    one, other = (
+        pictures(talk(made, each, max_new_tokens=20)) for each in (conversation, replace(conversation, images=images))
+    )
+    assert len(one) == 2 and torch.equal(one[0], other[0]) and not torch.allclose(one[1], other[1], atol=1e-4)
 
 
 def test_what_is_read_of_a_picture_is_decided_by_the_policy() -> None:
