@@ -25,7 +25,7 @@ HEADLINES = (
     r"|metric\..*|book\.(minutes.*|peak\w+)|drift\.(identity|psnr|accuracy)\.round10\.(tokens|reencode|oracle)"
     r"|drift\.\w+_gain\.round10|drift\.slope\.\w+|breaks\.(rounds\.retrieval|size\.named)\..*benefit|breaks\.caching\.accuracy\..*"
     r"|people\.(identity|compliance|clip|copy_paste|named)\.\w+|names\.accuracy\.people\d\.delay\d.*"
-    r"|bench\.\w+\.ratio\w*|bench\.(world\.render|undo\.(share|depth)|memory\.of_copy)|bench\.throughput\.(tokens|mfu)"
+    r"|bench\.\w+\.ratio\w*|bench\.(world\.render|undo\.(share|depth)|memory\.of_copy)|bench\.throughput\.(compiled\.)?(tokens|mfu)"
     r"|detokenizer\.(psnr|identity)_faces\..*"
 )
 SIDE_BY_SIDE = (

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
@@ -196,7 +197,7 @@ class Template:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special tokens added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def word_id(self, word: str) -> int:
         """Id of one word of the vocabulary."""
@@ -310,7 +311,10 @@ class Template:
         pad = int(self.tokenizer.pad_token_id)
 
         def stack(lists: Sequence[Sequence[int]], fill: int) -> Tensor:
-            return torch.tensor([[*values, *[fill] * (length - len(values))] for values in lists])  # (B, T)
+            filled = np.full((len(lists), length), fill, np.int64)  # (B, T)
+            for row, values in zip(filled, lists, strict=True):
+                row[: len(values)] = values
+            return torch.from_numpy(filled)
 
         segments = stack([row.segments for row in rows], PADDING)
         queries = [(owner, index) for owner, row in zip(owners, rows, strict=True) for index in row.queries]

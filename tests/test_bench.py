@@ -15,7 +15,7 @@ from nmlib import records as stored_records
 from nmlib.bench_setup import QUICK, Bench, Sizes, tokens_of
 from nmlib.prefix_cache import PrefixCache
 from nmlib.runtime import RunError
-from nmlib.throughput import noise_batch
+from nmlib.throughput import compile_layers, noise_batch
 from nmlib.timing import Task, exponent, measure, summary
 from nmlib.workloads import Recompute, one_by_one
 
@@ -213,3 +213,20 @@ def test_throughput_counts_the_step_that_it_times(report: bench.Report) -> None:
     assert found["tokens"] / found["pictures"] == pytest.approx((work.tokens + spoken) / work.pictures)
     assert found["flops"] * 1e12 / found["pictures"] == pytest.approx(work.flops / work.pictures)
     assert min(found.values()) > 0
+
+
+def test_compiled_layers_compute_what_they_did() -> None:
+    stage = next(stage for stage in PARAMS.stages if stage.data)
+    model, template = plan_stages.build(PARAMS, stage)
+    batch, calls = noise_batch(quick(), stage, template), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        calls.append(len(inputs))
+        return graph
+
+    with torch.no_grad():
+        before = model(**batch)
+        compile_layers(model, backend)
+        after = model(**batch)
+    assert calls, "no layer went through the compiler"
+    torch.testing.assert_close(after, before)
