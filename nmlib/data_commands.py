@@ -111,6 +111,7 @@ def import_data(
         Path | None,
         typer.Option(help="Folder of a diffusers pipeline: new edits, or whole bodies of faces."),
     ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that open rows and pictures of chains.")] = 0,
 ) -> None:
     """Make data sets on disk into one of a params file: chains of edits, with rollbacks where it asks for them."""
     from nmlib.archives import ArchiveError
@@ -122,7 +123,15 @@ def import_data(
 
     opened = Project.find().open(params)
     try:
-        found = import_set(opened, name, paths, max_rejected=max_rejected, password=password, pipeline=pipeline)
+        found = import_set(
+            opened,
+            name,
+            paths,
+            max_rejected=max_rejected,
+            password=password,
+            pipeline=pipeline,
+            workers=workers,
+        )
     except (ReadError, ArchiveError, ConversationError, FullBodyError, IdentityError) as error:
         raise RunError(str(error)) from None
     typer.echo("\n".join(found.lines()))

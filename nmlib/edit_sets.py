@@ -13,7 +13,8 @@ from typing import Any
 
 from nmlib.archives import ArchiveError, SafeZip
 from nmlib.conversation import Conversation
-from nmlib.readers import Folders, ReadError, Record, Rejection, Turn, assemble, text_field
+from nmlib.readers import ReadError, Record, Rejection
+from nmlib.turns import Folders, Turn, assemble, text_field
 
 MAX_LINE_BYTES = 1 << 22
 JSON_ERRORS = (ValueError, RecursionError)  # the latter for brackets within brackets without end
@@ -38,7 +39,7 @@ class MagicBrushTest:
 
     Args:
         root: the zip file, or a folder with `edit_sessions.json`.
-        image_size: see `readers.assemble`.
+        image_size: see `turns.assemble`.
         password: of the zip file, given in MagicBrush's README.
 
     Raises:
@@ -155,7 +156,7 @@ class SeedMultiTurn(_JsonLines):
 
     Args:
         root: the folder `multi_turn_editing`.
-        image_size: see `readers.assemble`.
+        image_size: see `turns.assemble`.
     """
 
     kind = "SEED-Data-Edit part 3"
@@ -186,7 +187,7 @@ class SeedRealEdits(_JsonLines):
 
     Args:
         root: the folder `real_editing`.
-        image_size: see `readers.assemble`.
+        image_size: see `turns.assemble`.
     """
 
     kind = "SEED-Data-Edit part 2"
@@ -204,7 +205,7 @@ class InstructPix2Pix:
 
     Args:
         root: the folder with `seeds.json`.
-        image_size: see `readers.assemble`.
+        image_size: see `turns.assemble`.
     """
 
     kind = "InstructPix2Pix"

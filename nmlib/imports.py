@@ -2,17 +2,20 @@
 
 What notebooks draw in a world is read here from folders: chains of edits, given ways back where the params file asks
 for rollbacks, and clips of faces, which become conversations about people by name. The result lies where a stage looks
-for it, with about one conversation in twenty held out beside it.
+for it, with about one conversation in twenty held out beside it. An import of chains that was interrupted goes on.
 """
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain as chained
+from itertools import islice
 from pathlib import Path
+from typing import Any, Self
 
-from nmlib import personalization
+from nmlib import config, personalization
 from nmlib.chains import Painter, longest_chain, with_rollbacks
 from nmlib.config import DataConfig, FullBodyConfig, Params
 from nmlib.conversation import Conversation
@@ -23,11 +26,12 @@ from nmlib.full_body import DiffusionEditor, open_pipeline, with_full_bodies
 from nmlib.inspection import Markov, StoredConversations, recognise
 from nmlib.readers import Reader, ReadError, Rows
 from nmlib.runtime import Run, progress, write_json
-from nmlib.stored_sets import writing
+from nmlib.stored_sets import Parts, writing
 
-HELDOUT = "heldout"
+TRAIN, HELDOUT = "train", "heldout"
 HELDOUT_ONE_IN = 20
 OTHER_SPLITS = ("dev", "val", "validation", "test")
+NOTE_EVERY = 500  # conversations between two notes of how far an import is
 LONGEST_POOL = 10_000  # instructions that a painter chooses from
 
 
@@ -49,6 +53,11 @@ class Imported:
     rejected: dict[str, int] = field(default_factory=dict)
     before: Markov = field(default_factory=Markov)
     after: Markov = field(default_factory=Markov)
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Self:
+        """What `dataclasses.asdict` made of one."""
+        return cls(**{**raw, "before": Markov(**raw["before"]), "after": Markov(**raw["after"])})
 
     def lines(self) -> list[str]:
         """The same in words."""
@@ -80,6 +89,7 @@ def import_set(
     max_rejected: float = 0.05,
     password: str | None = None,
     pipeline: Path | None = None,
+    workers: int = 0,
 ) -> Imported:
     """Read folders, make of them what the params file says of a data set, and store it.
 
@@ -93,6 +103,7 @@ def import_set(
         password: of a zip file.
         pipeline: folder of a diffusers pipeline: it makes new edits after a rollback, and of clips of faces the whole
             bodies that `full_body_share` asks for.
+        workers: processes that open rows and pictures; the result stays the same.
 
     Raises:
         ReadError: no such data set in the params file; nothing readable or trainable in a folder; too many bad rows;
@@ -106,28 +117,54 @@ def import_set(
     if name not in params.data:
         there = sorted([*params.data, *params.people])
         raise ReadError(f"{params.name}: no data set {name!r}; `data:` and `people:` define {there}")
-    settings, found, folder = params.data[name], Imported(), run.path("data", name)
-    readers = [
-        Reader(rows, max_rejected) for path in paths for rows in _trainable(path, picture_size(params), password)
-    ]
+    settings, folder = params.data[name], run.path("data", name)
+    rows = [rows for path in paths for rows in _trainable(path, picture_size(params), password)]
+    readers = [Reader(part, max_rejected, workers=workers) for part in rows]
     painter = None if pipeline is None else Painter(open_pipeline(pipeline), _pool(paths, password))
-    rng = random.Random(f"{params.seed}.{name}")
-    conversations = progress(chained.from_iterable(readers), total=settings.conversations, desc=f"import {name}")
-    with writing(folder) as add, writing(folder / HELDOUT) as hold_out:
-        for conversation in _once(_made(conversations, settings, rng, painter, found), name):
-            held = is_heldout(conversation.id)
-            (hold_out if held else add)(conversation)
-            found.kept, found.heldout = found.kept + 1, found.heldout + held
-            if found.kept == settings.conversations:
-                break
-        if found.kept == found.heldout:  # raised in here, it leaves the earlier data set as it is
-            raise ReadError(
-                f"{paths[0]}: {found.kept} conversations, none of them to train on; expected a larger data set"
-            )
-    for reader in readers:
-        for reason, count in reader.report.rejected.items():
-            found.rejected[reason] = found.rejected.get(reason, 0) + count
+    with Parts(folder, (TRAIN, HELDOUT), _import_key(run, settings, name, rows, pipeline)) as parts:
+        found = _gather(run, name, parts, readers, painter)
+    if found.kept == found.heldout:  # before anything is joined: it leaves the earlier data set as it is
+        parts.drop()
+        raise ReadError(f"{paths[0]}: {found.kept} conversations, none of them to train on; expected a larger data set")
+    parts.join(TRAIN, folder)
+    parts.join(HELDOUT, folder / HELDOUT)
     write_json(folder / "import.json", asdict(found))
+    parts.drop()
+    return found
+
+
+def _import_key(run: Run, settings: DataConfig, name: str, rows: Sequence[Rows[Any]], pipeline: Path | None) -> str:
+    """Identifies what an import makes: settings, and the data sets by their folders, files and times of change."""
+    told = [name, str(run.params.seed), str(picture_size(run.params)), str(pipeline), config.digest(settings)]
+    for part in rows:
+        files = sorted([*part.root.iterdir(), *part.root.glob("*/*.parquet")]) if part.root.is_dir() else [part.root]
+        told += [part.kind, *(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
+    return hashlib.blake2b("\n".join(told).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _gather(
+    run: Run, name: str, parts: Parts, readers: Sequence[Reader[Conversation]], painter: Painter | None
+) -> Imported:
+    """Fill the parts from where they stand; what became of the rows, those of an interrupted import among them."""
+    settings, seed, found = run.params.data[name], f"{run.params.seed}.{name}", Imported()
+    if parts.source is not None:
+        found = Imported.of(parts.source["found"])
+        for reader, state in zip(readers, parts.source["readers"], strict=True):
+            reader.resume(state)
+
+    def note() -> None:
+        found.rejected = dict(sum((Counter(reader.report.rejected) for reader in readers), Counter[str]()))
+        parts.note({"found": asdict(found), "readers": [reader.state() for reader in readers]})
+
+    left = settings.conversations - found.kept
+    coming = progress(_made(chained.from_iterable(readers), settings, seed, painter, found), left, f"import {name}")
+    for conversation in islice(_once(coming, name, {told.id for told in parts.told()}), left):
+        held = is_heldout(conversation.id)
+        parts.add(HELDOUT if held else TRAIN, conversation)
+        found.kept, found.heldout = found.kept + 1, found.heldout + held
+        if found.kept % NOTE_EVERY == 0:
+            note()
+    note()
     return found
 
 
@@ -189,11 +226,14 @@ def _trainable(path: Path, size: int | None, password: str | None) -> list[Rows[
 def _made(
     conversations: Iterable[Conversation],
     settings: DataConfig,
-    rng: random.Random,
+    seed: str,
     painter: Painter | None,
     found: Imported,
 ) -> Iterator[Conversation]:
-    """Conversations as the settings want them; one that goes back by itself stays as it is, cut to their length."""
+    """Conversations as the settings want them; one that goes back by itself stays as it is, cut to their length.
+
+    What is drawn for one depends on its name, and not on how many came before.
+    """
     for conversation in conversations:
         found.before.add(conversation)
         cut = conversation.prefix(max(settings.rounds))
@@ -201,15 +241,14 @@ def _made(
             found.short += 1
             continue
         if settings.rollback_share and cut.is_markov:
-            split = HELDOUT if is_heldout(cut.id) else "train"
+            split, rng = HELDOUT if is_heldout(cut.id) else TRAIN, random.Random(f"{seed}.{cut.id}")
             cut = with_rollbacks(longest_chain(conversation), settings, rng, split, painter)
         found.after.add(cut)
         yield cut.validate()
 
 
-def _once(conversations: Iterable[Conversation], name: str) -> Iterator[Conversation]:
+def _once(conversations: Iterable[Conversation], name: str, seen: set[str]) -> Iterator[Conversation]:
     """The same conversations; two of one id could not be told apart when they are read again (raises ReadError)."""
-    seen: set[str] = set()
     for conversation in conversations:
         if conversation.id in seen:
             raise ReadError(

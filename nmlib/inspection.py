@@ -59,7 +59,7 @@ def recognise(path: Path, image_size: int | None = None, password: str | None = 
 
     Args:
         path: the folder that a data set was unpacked to, or MagicBrush's test zip.
-        image_size: pixels a side of the pictures kept; None keeps none (`readers.assemble`).
+        image_size: pixels a side of the pictures kept; None keeps none (`turns.assemble`).
         password: of a zip file.
 
     Raises:

@@ -17,7 +17,8 @@ import pyarrow
 from pyarrow import parquet
 
 from nmlib.conversation import Conversation
-from nmlib.readers import Folders, ReadError, Record, Rejection, Turn, assemble, text_field
+from nmlib.readers import ReadError, Record, Rejection
+from nmlib.turns import Folders, Turn, assemble, text_field
 
 
 class Tables:
@@ -125,7 +126,7 @@ class MagicBrush:
     Args:
         root: the data set's folder.
         files: its Parquet files.
-        image_size: see `readers.assemble`.
+        image_size: see `turns.assemble`.
 
     Raises:
         ReadError: a damaged table, or columns that tell the sessions apart are damaged.
@@ -175,7 +176,7 @@ class InstructPix2PixTable:
     Args:
         root: the data set's folder.
         files: its Parquet files.
-        image_size: see `readers.assemble`.
+        image_size: see `turns.assemble`.
     """
 
     kind = "InstructPix2Pix"
@@ -218,7 +219,7 @@ class ImgEdit:
     Args:
         root: the data set's folder.
         files: Parquet files of conversations.
-        image_size: see `readers.assemble`.
+        image_size: see `turns.assemble`.
     """
 
     kind = "ImgEdit conversations"

@@ -1,25 +1,15 @@
 """Reading data sets from disk: a stream of rows, in shards, from any position, with every bad row counted by reason.
 
 A `Rows` knows one format and numbers its records; a `Reader` walks through those of its shard, keeps what can be read
-and says of the rest why not. `assemble` makes a conversation of the turns that all editing formats come down to.
+and says of the rest why not.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
-from torch.utils.data import IterableDataset, get_worker_info
-
-from nmlib.archives import MAX_FILE_BYTES, ArchiveError, inside
-from nmlib.conversation import PICTURE_ERRORS, Conversation, ConversationError, Round, from_picture
-from nmlib.phrases import UPLOADS
-from nmlib.references import earlier_reference
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 T = TypeVar("T")
 Reason = Literal[
@@ -34,11 +24,7 @@ Reason = Literal[
     "known corrupt",
     "missing video",
 ]
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # others of Pillow's start programs, or are never meant
 EARLY_ROWS = 100  # rows before which a few bad ones say nothing of the share
-BASE_GRID = 16  # pictures are compared patch by patch, so many patches a side
-BASE_TOLERANCE = 0.08  # largest mean difference of a patch, colours from 0 to 1, between two copies of one picture
-BASE_SIZE = 64  # pixels a side at which they are compared where pictures are not read otherwise
 
 
 class ReadError(ValueError):
@@ -53,8 +39,11 @@ class Rejection(Exception):
     """Why one row is left out: a reason to count, and a detail that singles the row out."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)  # as they are, so that it can travel between processes
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -118,21 +107,29 @@ class Reader(IterableDataset[T]):
         max_rejected: share of rejected rows above which reading stops with an error.
         rank, world: the shard: rows whose number is `rank` modulo `world`.
         position: first row to look at.
+        workers: processes that open rows; what comes out, its order and its report stay the same.
 
     Raises:
-        ReadError: a share, shard or position that does not exist.
+        ReadError: a share, shard, position or number of workers that does not exist.
     """
 
     def __init__(
-        self, rows: Rows[T], max_rejected: float = 0.05, *, rank: int = 0, world: int = 1, position: int = 0
+        self,
+        rows: Rows[T],
+        max_rejected: float = 0.05,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        position: int = 0,
+        workers: int = 0,
     ) -> None:
-        if not 0 <= rank < world or position < 0 or not 0 <= max_rejected <= 1:
+        if not 0 <= rank < world or min(position, workers) < 0 or not 0 <= max_rejected <= 1:
             raise ReadError(
-                f"{rows.root}: rank {rank} of world {world}, position {position}, max_rejected {max_rejected}; "
-                "expected 0 <= rank < world, position >= 0 and a share from 0 to 1"
+                f"{rows.root}: rank {rank} of world {world}, position {position}, workers {workers}, max_rejected "
+                f"{max_rejected}; expected 0 <= rank < world, position and workers >= 0 and a share from 0 to 1"
             )
         self.rows, self.max_rejected, self.rank, self.world = rows, max_rejected, rank, world
-        self.position, self.report = position, Report()
+        self.position, self.workers, self.report = position, workers, Report()
 
     def shard(self, rank: int, world: int) -> "Reader[T]":
         """One of `world` parts of this reader's rows, disjoint and together complete."""
@@ -186,20 +183,25 @@ class Reader(IterableDataset[T]):
         return self._walk() if worker is None else self.shard(worker.id, worker.num_workers)._walk()
 
     def _walk(self) -> Iterator[tuple[int, T]]:
-        for number, record in self.rows.records(self._is_mine):
+        for number, where, found in self._rows():
+            if isinstance(found, ReadError):
+                raise found
             self.position = number + 1
-            try:
-                item = _loaded(record)
-            except Rejection as rejection:
-                self.report.reject(record.where, rejection)
+            if isinstance(found, Rejection):
+                self.report.reject(where, found)
                 self._judge(EARLY_ROWS)
                 continue
             self.report.kept += 1
-            yield number, item
+            yield number, found
         self._judge(1)
 
-    def _is_mine(self, number: int) -> bool:
-        return number >= self.position and number % self.world == self.rank
+    def _rows(self) -> Iterator["Opened[T]"]:
+        """The rows of this shard from `position` on, in order, opened here or by workers that take turns."""
+        first = self.position + (self.rank - self.position) % self.world
+        if not self.workers:
+            return _opened(self.rows, first, self.world)
+        rows = _Turns(self.rows, first, self.world)
+        return iter(DataLoader(rows, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is))
 
     def _judge(self, least: int) -> None:
         """Stop where the share of bad rows, of at least `least` rows, is too high."""
@@ -212,158 +214,38 @@ class Reader(IterableDataset[T]):
             )
 
 
-def _loaded(record: Record[T]) -> T:
-    """The content of a row; raises Rejection, also for what a damaged or hostile row makes the system raise."""
+Opened = tuple[int, str, T | Rejection | ReadError]  # number of a row, where it is, and its content or what is wrong
+
+
+def _opened(rows: Rows[T], first: int, step: int) -> Iterator[Opened[T]]:
+    """Rows `first`, `first + step`, ...; where the data set itself is damaged, that is the last."""
+    try:
+        for number, record in rows.records(lambda n: n >= first and (n - first) % step == 0):
+            yield number, record.where, _outcome(record)
+    except ReadError as error:
+        yield -1, "", error
+
+
+class _Turns(IterableDataset[Opened[T]]):
+    """The same rows, the workers of a loader taking turns, so that it gives them in order."""
+
+    def __init__(self, rows: Rows[T], first: int, step: int) -> None:
+        self.rows, self.first, self.step = rows, first, step
+
+    def __iter__(self) -> Iterator[Opened[T]]:
+        worker = cast(Any, get_worker_info())
+        return _opened(self.rows, self.first + worker.id * self.step, worker.num_workers * self.step)
+
+
+def _outcome(record: Record[T]) -> T | Rejection:
+    """The content of a row, or why it is left out, also for what a damaged or hostile row makes the system raise."""
     try:
         return record.load()
+    except Rejection as rejection:
+        return rejection
     except (OSError, RecursionError, UnicodeError) as error:
-        raise Rejection("broken row", f"cannot be read ({type(error).__name__}: {error})") from None
+        return Rejection("broken row", f"cannot be read ({type(error).__name__}: {error})")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# pictures
-
-
-class Folders:
-    """Pictures by name below one of several folders; the first that has it counts.
-
-    Args:
-        roots: folders; real data sets are unpacked in more than one way.
-    """
-
-    def __init__(self, *roots: Path) -> None:
-        self.roots = roots
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a picture; raises Rejection: a name that leads out, no file, or one too large or unreadable."""
-        try:
-            for root in self.roots:
-                path = inside(root, name)
-                if path.is_file():
-                    if path.stat().st_size > MAX_FILE_BYTES:
-                        raise Rejection("picture too large", f"{name} has {path.stat().st_size} bytes")
-                    return path.read_bytes()
-        except ArchiveError as error:
-            raise Rejection("unsafe path", str(error)) from None
-        except OSError as error:
-            raise Rejection("missing picture", f"{name} cannot be read ({error.strerror})") from None
-        raise Rejection("missing picture", name)
-
-
-def decode(data: bytes, name: str, size: int) -> Tensor:
-    """A picture's pixels.
-
-    Args:
-        data: a file in a format that Pillow reads.
-        name: for the message.
-        size: height and width that it is resized to; other shapes are distorted, as SEED-X does.
-
-    Returns:
-        uint8 (3, size, size).
-
-    Raises:
-        Rejection: it is damaged, or of more pixels than can be meant.
-    """
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as picture:
-            return from_picture(picture, name, size)
-    except ConversationError as error:
-        raise Rejection("picture too large", str(error)) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Rejection("picture too large", f"{name}: {error}") from None
-    except PICTURE_ERRORS as error:
-        raise Rejection("damaged picture", f"{name}: {error}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# conversations
-
-
-class Turn(NamedTuple):
-    """An instruction with the names of the picture it starts from and of the one it gives."""
-
-    instruction: str
-    source: str
-    target: str
-
-
-def text_field(row: Any, name: str) -> str:
-    """A field of a row that must hold text; raises Rejection."""
-    value = row.get(name) if isinstance(row, dict) else None
-    if isinstance(value, str) and value.strip():
-        if not _is_unicode(value):
-            raise Rejection("broken row", f"field {name!r} is {value!r:.60}; expected text without lone surrogates")
-        return " ".join(value.split())
-    reason: Reason = (
-        "no instruction" if "instruction" in name or name in ("prompt", "edit", "edit_prompt") else "broken row"
-    )
-    raise Rejection(reason, f"field {name!r} is {value!r:.60}; expected text")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be stored: JSON can hold halves of a character (lone surrogates), files cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def assemble(
-    id_: str, source: str, turns: Sequence[Turn], read: Callable[[str], bytes], image_size: int | None
-) -> Conversation:
-    """A conversation of an uploaded picture and a round for every turn, each with its true base.
-
-    The base is the earlier picture that the turn starts from: the one of the same name, or else the one whose pixels
-    are the same up to resampling (`BASE_TOLERANCE`). Of several that fit, the latest counts.
-
-    Args:
-        id_: unique name.
-        source: name of the data set.
-        turns: in order of time, at least one.
-        read: bytes of a picture by its name; raises Rejection.
-        image_size: pixels a side of the pictures kept with the conversation; None keeps none, and opens only those
-            that are needed to find a base.
-
-    Raises:
-        Rejection: a picture cannot be used, or a turn starts from one that the conversation does not have.
-    """
-    looks: dict[str, Tensor] = {}
-
-    def look(name: str) -> Tensor:
-        if name not in looks:
-            looks[name] = decode(read(name), name, image_size or BASE_SIZE)
-        return looks[name]  # (3, s, s)
-
-    if not turns:
-        raise Rejection("broken row", "has no turn; expected at least one")
-    names, rounds = [turns[0].source], [Round(UPLOADS[0], "upload")]
-    for turn in turns:
-        base, last = _find_base(turn.source, names, look), len(names) - 1
-        if base == last:
-            rounds.append(Round(turn.instruction, "edit", base))
-        else:
-            rounds.append(
-                Round(turn.instruction, "rollback", base, None, earlier_reference(turn.instruction) or "none")
-            )
-        names.append(turn.target)
-    images = None if image_size is None else torch.stack([look(name) for name in names])  # (R, 3, s, s)
-    return Conversation(id_, source, tuple(rounds), images).validate()
-
-
-def _find_base(name: str, earlier: Sequence[str], look: Callable[[str], Tensor]) -> int:
-    if name in earlier:
-        return len(earlier) - 1 - list(reversed(earlier)).index(name)
-    differences = [_difference(look(name), look(other)) for other in earlier]
-    least = min(differences)
-    if least > BASE_TOLERANCE:
-        raise Rejection(
-            "base unknown", f"{name} differs by {least:.3f} from every earlier picture; at most {BASE_TOLERANCE}"
-        )
-    return max(place for place, difference in enumerate(differences) if difference == least)
-
-
-def _difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference of a patch: a local edit stands out, resampling does not."""
-    grids = [adaptive_avg_pool2d(picture.float() / 255, BASE_GRID) for picture in (one, other)]  # (3, g, g)
-    return float((grids[0] - grids[1]).abs().mean(0).max())
+def _as_it_is(opened: Opened[T]) -> Opened[T]:
+    return opened

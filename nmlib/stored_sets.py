@@ -5,18 +5,21 @@ are taken.
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, Self, cast
 
 import datasets
 from pyarrow import parquet
 
 from nmlib.conversation import Conversation, ConversationError
 from nmlib.data import ConversationFeatures
-from nmlib.runtime import atomic_path, write_json
+from nmlib.runtime import atomic_path, read_json, write_json
 from nmlib.storage import FEATURES, from_dataset, load_json, to_dataset, to_json
 
+TOLD = "conversations.json"
+NOTE = "note.json"
 CHUNK = 32  # conversations whose pictures are in memory at once
 
 
@@ -44,7 +47,80 @@ def writing(folder: Path) -> Iterator[Callable[[Conversation], None]]:
 
         yield add
         flush()
-    write_json(folder / "conversations.json", told)
+    write_json(folder / TOLD, told)
+
+
+class Parts:
+    """A data set under way: parts that are whole, one being written, and a note of how far its source was read.
+
+    A part counts from the note that follows it; what an interrupted writing left behind that is written anew. Leaving
+    the block by an error drops the part being written.
+
+    Args:
+        folder: of the data set; takes `parts/` until `drop`.
+        names: of what is written side by side.
+        key: identifies source and settings; parts of another key are dropped.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], key: str) -> None:
+        self.folder, self._stack = folder / "parts", contextlib.ExitStack()
+        self._open: dict[str, Callable[[Conversation], None]] = {}
+        note = self.folder / NOTE
+        noted = read_json(note) if note.is_file() else {}
+        if noted.get("key") != key:
+            self.drop()
+            noted = {"key": key, "whole": dict.fromkeys(names, 0), "source": None}
+        self._whole: dict[str, int] = noted["whole"]
+        self.key, self.source = key, noted["source"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def add(self, name: str, conversation: Conversation) -> None:
+        """Add a conversation to what is written under a name."""
+        if name not in self._open:
+            self._open[name] = self._stack.enter_context(writing(self._part(name, self._whole[name])))
+        self._open[name](conversation)
+
+    def note(self, source: Any) -> None:
+        """Close the parts being written, and note how far the source was read, as plain values: `source` later on."""
+        self._stack.close()
+        for name in self._open:
+            self._whole[name] += 1
+        self._open.clear()
+        self.source = source
+        write_json(self.folder / NOTE, {"key": self.key, "whole": self._whole, "source": source})
+
+    def told(self) -> Iterator[Conversation]:
+        """All conversations in whole parts, without their pictures."""
+        for name in self._whole:
+            for part in self._parts(name):
+                yield from load_json(part / TOLD)
+
+    def join(self, name: str, folder: Path) -> None:
+        """Make one data set folder of the whole parts of a name, in order."""
+        with (
+            atomic_path(folder / "rounds.parquet") as temporary,
+            parquet.ParquetWriter(temporary, FEATURES.arrow_schema) as writer,
+        ):
+            for part in self._parts(name):
+                rows = parquet.ParquetFile(part / "rounds.parquet")
+                for group in range(rows.num_row_groups):
+                    writer.write_table(rows.read_row_group(group))
+        write_json(folder / TOLD, [told for part in self._parts(name) for told in read_json(part / TOLD)])
+
+    def drop(self) -> None:
+        """Remove the parts."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _parts(self, name: str) -> list[Path]:
+        return [self._part(name, number) for number in range(self._whole[name])]
+
+    def _part(self, name: str, number: int) -> Path:
+        return self.folder / name / f"{number:05d}"
 
 
 def _require_columns(path: Path) -> None:
@@ -73,7 +149,7 @@ class StoredSet:
         path = folder / "rounds.parquet"
         if path.is_file():
             _require_columns(path)
-        told = load_json(folder / "conversations.json")
+        told = load_json(folder / TOLD)
         try:
             rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(folder / ".cache"), features=FEATURES)
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Chains of real edits given ways back, imported from the layouts they come in, and read again picture by picture."""
 
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -25,7 +26,7 @@ from test_cli import call  # noqa: F401
 from test_full_body import editor, marked
 from toy import conversations, open_run, raised
 
-from nmlib import imports
+from nmlib import imports, parquet_sets
 from nmlib.chains import ChainEditor, Painter, clause, longest_chain, with_rollbacks
 from nmlib.config import DataConfig
 from nmlib.conversation import Conversation, ConversationError, Round
@@ -34,7 +35,7 @@ from nmlib.imports import HELDOUT, import_set, is_heldout
 from nmlib.readers import ReadError
 from nmlib.runtime import Run, read_json
 from nmlib.storage import load_conversations, load_json, save_conversations
-from nmlib.stored_sets import CHUNK, StoredSet, writing
+from nmlib.stored_sets import CHUNK, Parts, StoredSet, writing
 
 SIDE = 6
 DATA = {
@@ -280,6 +281,68 @@ def test_a_failed_import_leaves_the_earlier_data_set(tmp_path: Path) -> None:
     text = raised(lambda: import_set(run, "chain", [small]), ReadError)
     assert text == f"{small}: 1 conversations, none of them to train on; expected a larger data set"
     assert kept == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("name", "workers", "left"), [("chain", 2, 26), ("back", 0, 38)])
+def test_an_interrupted_import_goes_on(
+    name: str, workers: int, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between two notes: what was noted is not opened again, and the result is that of one go."""
+    monkeypatch.setattr(imports, "NOTE_EVERY", 12)
+    root = write_sessions(tmp_path / "magicbrush")
+    whole, run = open_run(tmp_path / "whole", data=DATA, stages=[]), open_run(tmp_path, data=DATA, stages=[])
+    expected = import_set(whole, name, [root])
+    seen: list[str] = []
+
+    def stop(id_: str) -> bool:
+        seen.append(id_)
+        if len(seen) == 30:
+            raise KeyboardInterrupt
+        return is_heldout(id_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imports, "is_heldout", stop)
+        with pytest.raises(KeyboardInterrupt):
+            imports.import_set(run, name, [root], workers=workers)
+    folder = run.path("data", name)
+    assert not (folder / "rounds.parquet").exists() and (folder / "parts" / "note.json").exists()
+    opened: list[str] = []
+    assemble = parquet_sets.assemble
+    monkeypatch.setattr(parquet_sets, "assemble", lambda id_, *rest: opened.append(id_) or assemble(id_, *rest))
+    assert import_set(run, name, [root]) == expected
+    assert len(opened) == left
+    assert not (folder / "parts").exists()
+    for part in ("", HELDOUT):
+        told, other = load_conversations(folder / part), load_conversations(whole.path("data", name) / part)
+        assert [conversation.id for conversation in told] == [conversation.id for conversation in other]
+        for one, two in zip(told, other, strict=True):
+            assert one.rounds == two.rounds and one.images is not None and two.images is not None
+            assert torch.equal(one.images, two.images)
+
+
+def test_an_import_of_other_settings_or_files_begins_anew(tmp_path: Path) -> None:
+    folder, conversation = tmp_path / "set", chain(3)
+    with Parts(folder, ("train",), "one") as parts:
+        parts.add("train", conversation)
+        parts.note({"rows": 1})
+    with pytest.raises(KeyError), Parts(folder, ("train",), "one") as parts:
+        parts.add("train", chain(2, 1))
+        raise KeyError("stop")
+    assert Parts(folder, ("train",), "one").source == {"rows": 1}
+    assert [told.id for told in Parts(folder, ("train",), "one").told()] == [conversation.id]
+    assert Parts(folder, ("train",), "two").source is None and not (folder / "parts").exists()
+    run, root = open_run(tmp_path, data=DATA, stages=[]), write_sessions(tmp_path / "magicbrush", 8)
+    before = import_key(run, root)
+    assert before == import_key(run, root)
+    table = next(root.glob("data/train*"))
+    os.utime(table, ns=(1, 1))
+    assert before != import_key(run, root)
+
+
+def import_key(run: Run, root: Path) -> str:
+    """What an interrupted import of the chains in a folder is known by."""
+    rows = imports._trainable(root, 16, None)
+    return imports._import_key(run, run.params.data["chain"], "chain", rows, None)
 
 
 def test_conversations_of_many_files_and_folders_have_names_of_their_own(tmp_path: Path) -> None:

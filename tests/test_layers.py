@@ -61,6 +61,7 @@ LAYERS = (
         "resampler",
         "rollback",
         "stored_sets",
+        "turns",
         "vision",
     ),
     ("seedx_adapter", "seedx_files", "seedx_vision"),

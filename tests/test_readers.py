@@ -40,8 +40,9 @@ from nmlib.conversation import Conversation
 from nmlib.edit_sets import InstructPix2Pix, MagicBrushTest, SeedMultiTurn, SeedRealEdits
 from nmlib.inspection import recognise
 from nmlib.parquet_sets import ImgEdit, InstructPix2PixTable, MagicBrush
-from nmlib.readers import Reader, ReadError, Record, Rejection, Rows, TooManyRejected, decode
+from nmlib.readers import Reader, ReadError, Record, Rejection, Rows, TooManyRejected
 from nmlib.rollback import ConversationBuilder, from_chain
+from nmlib.turns import decode
 
 SIZE = 16
 
@@ -440,6 +441,25 @@ def test_rows_of_other_shards_are_not_opened() -> None:
 def test_workers_of_a_loader_share_the_rows() -> None:
     reader: Reader[int] = Reader(Numbers(11), rank=0, world=2)
     assert sorted(DataLoader(reader, batch_size=None, num_workers=2)) == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("rank", "world", "position"), [(0, 1, 0), (1, 2, 4), (2, 3, 7)])
+def test_workers_change_neither_order_nor_report(workers: int, rank: int, world: int, position: int) -> None:
+    rows, where = Numbers(29, frozenset({3, 4, 17})), {"rank": rank, "world": world, "position": position}
+    alone, shared = Reader[int](rows, 1.0, **where), Reader[int](rows, 1.0, **where, workers=workers)
+    assert list(shared) == list(alone)
+    assert shared.state() == alone.state()
+
+
+def test_workers_pass_on_what_stops_the_reading() -> None:
+    bad: Reader[int] = Reader(Numbers(200, frozenset(range(50, 61))), 0.1, workers=2)
+    assert raised(lambda: list(bad), TooManyRejected) == (
+        "numbers: 11 of 61 rows rejected, above max_rejected 0.1; 11 broken row; for example row 50: is 50"
+    )
+    damaged: Reader[int] = Reader(Numbers(9, frozenset({5}), ReadError("numbers: damaged")), 0.1, workers=2)
+    assert raised(lambda: list(damaged), ReadError) == "numbers: damaged"
+    assert "workers -1" in raised(lambda: Reader(Numbers(4), workers=-1), ReadError)
 
 
 def test_a_state_of_another_shard_is_refused() -> None:
