@@ -201,20 +201,27 @@ def chat(
     params: ParamsOption = "cpu",
     stage: Annotated[str, typer.Option(help="Training stage to talk to.")] = "rollback",
     picture: Annotated[Path | None, typer.Option(help="First picture; by default one that was held out.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="SEED-X's weights; by default `weights` in the run.")] = None,
+    tiles: Annotated[
+        str, typer.Option(help="Of SEED-X: columns x rows that pictures are cut into; empty for the whole alone.")
+    ] = "",
 ) -> None:
-    """Talk to a trained model: say what to change, undo, go back, branch."""
+    """Talk to a trained model: say what to change, undo, go back, branch. With --stage weights to SEED-X itself."""
     opened = Project.find().open(params)
-    if opened.params.seedx is not None:
-        raise RunError(f"{opened.name}: chapter 15 talks to SEED-X: `python -m nmlib run --params {opened.name}`")
+    is_seedx = opened.params.seedx is not None
     try:
-        opened.params.stage(stage)
+        if not (is_seedx and stage == "weights"):
+            opened.params.stage(stage)
     except KeyError as error:
         raise RunError(str(error.args[0])) from None
-    from nmlib import chat, data, experiments  # these load the model libraries, which takes seconds
+    from nmlib import chat, data, experiments, seedx_chat  # these load the model libraries, which takes seconds
     from nmlib.checkpoint import CheckpointError
     from nmlib.conversation import ConversationError
 
     try:
+        if is_seedx:
+            seedx_chat.talk_to(opened, stage, picture, weights, tiles)
+            return
         session = chat.ChatSession(experiments.load_system(opened, stage))
         if picture is None:
             source = data.open_source(opened.params.source)

@@ -168,9 +168,17 @@ def test_a_full_disk_is_1_and_one_line(call: Any, monkeypatch: pytest.MonkeyPatc
     assert (code, err) == (1, "runs/tiny/events: the disk is full; make room, and give the command again\n")
 
 
-def test_chat_says_where_seedx_is_talked_to(call: Any) -> None:
-    code, _, err = call("chat", "--params", str(Path(__file__).parent.parent / "params" / "paper.yaml"))
-    assert (code, err) == (1, "paper: chapter 15 talks to SEED-X: `python -m nmlib run --params paper`\n")
+def test_chat_with_seedx_asks_for_a_picture_grids_and_weights(call: Any, tmp_path: Path) -> None:
+    paper = ["chat", "--params", str(Path(__file__).parent.parent / "params" / "paper.yaml")]
+    code, _, err = call(*paper)
+    assert (code, err) == (1, "paper: SEED-X has no pictures of its own; give one with --picture FILE\n")
+    paper += ["--picture", str(tmp_path / "photo.png")]
+    code, _, err = call(*paper, "--tiles", "1x1,2by1")
+    assert code == 1 and err.startswith("--tiles: '2by1'; expected columns x rows such as 2x1, or any of ('1x1', ")
+    code, _, err = call(*paper, "--stage", "weights")
+    assert code == 1 and "SEED-X begins with released weights, give theirs with --weights" in err
+    code, _, err = call(*paper, "--stage", "last")
+    assert code == 1 and "has no stage 'last'" in err
 
 
 def test_chat_names_the_stages(call: Any) -> None:

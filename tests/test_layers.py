@@ -107,6 +107,7 @@ LAYERS = (
         "pipeline",
         "plots",
         "recordings",
+        "seedx_chat",
         "speed_plots",
         "steps",
         "terminal",
