@@ -257,13 +257,14 @@ def plan(
 ) -> None:
     """Say what a training needs before a machine is rented: numbers, memory, tokens and operations."""
     from nmlib import plan as planner
-    from nmlib import plan_stages
+    from nmlib import plan_latents, plan_stages
 
     settings = config.load(params)
     if settings.seedx is None:
         typer.echo(plan_stages.report(settings))
     else:
         typer.echo(planner.report(settings, settings.seedx, gpus, memory))
+        typer.echo("\n" + plan_latents.report(settings, settings.seedx, gpus))
 
 
 @app.command()

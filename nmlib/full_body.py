@@ -125,6 +125,9 @@ class DiffusionEditor:
         """
         if conversation.images is None:
             raise FullBodyError(f"conversation {conversation.id!r} has no pictures; whole bodies are made from faces")
+        if any(id_ != conversation.id for id_, *_ in self._kept):  # what was proposed of others was taken or is not
+            self._kept.clear()
+            self._faces.clear()
         given = conversation.images[base]  # (3, H, W)
         found = self.detector(given)
         if len(found) != 1:

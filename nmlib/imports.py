@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain as chained
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from nmlib import config, personalization
 from nmlib.chains import Painter, longest_chain, with_rollbacks
@@ -24,6 +24,7 @@ from nmlib.faces import DlibEmbedder, FaceDetector
 from nmlib.folder_clips import BOXES, FolderClips
 from nmlib.full_body import DiffusionEditor, open_pipeline, with_full_bodies
 from nmlib.inspection import Markov, StoredConversations, recognise
+from nmlib.painted_people import paint_conversation, portrait_editor
 from nmlib.readers import Reader, ReadError, Rows
 from nmlib.runtime import Run, progress, write_json
 from nmlib.stored_sets import Parts, writing
@@ -101,8 +102,8 @@ def import_set(
         paths: folders of data sets, read one after the other; of face clips one.
         max_rejected: share of bad rows above which reading stops.
         password: of a zip file.
-        pipeline: folder of a diffusers pipeline: it makes new edits after a rollback, and of clips of faces the whole
-            bodies that `full_body_share` asks for.
+        pipeline: folder of a diffusers pipeline: it makes new edits after a rollback, and of clips of faces the edits
+            between recalls, for which the shares leave room, and the whole bodies that `full_body_share` asks for.
         workers: processes that open rows and pictures; the result stays the same.
 
     Raises:
@@ -180,29 +181,40 @@ def _import_people(run: Run, name: str, paths: Sequence[Path], pipeline: Path | 
             f"{bare[0]}: no {BOXES}, but {name}.face_weight is {settings.face_weight:g}; make the clips with "
             "`python -m nmlib data clips`, or set face_weight to 1"
         )
-    editor = None if pipeline is None else _body_editor(pipeline)
+    editors = None if pipeline is None else _editors(pipeline, picture_size(params))
     with writing(folder) as add, writing(folder / HELDOUT) as hold_out:
         for number in progress(range(settings.conversations), desc=f"import {name}"):
-            split = "train" if number % HELDOUT_ONE_IN else HELDOUT
-            one = settings.model_copy(update={"conversations": 1})
-            seed = params.seed * 1_000_003 + number
-            (told,) = personalization.build_conversations(source, one, seed=seed, split=split)
-            if editor is not None:
-                (told,) = with_full_bodies([told], editor, settings.full_body_share, seed, split)
-            (add if split == "train" else hold_out)(replace(told, id=f"{name}-{number:06d}").validate())
+            split, id_ = TRAIN if number % HELDOUT_ONE_IN else HELDOUT, f"{name}-{number:06d}"
+            one, seed = settings.model_copy(update={"conversations": 1}), params.seed * 1_000_003 + number
+            if editors is None:
+                (told,) = personalization.build_conversations(source, one, seed=seed, split=split)
+            else:
+                told = paint_conversation(source, one, editors.edits, seed=seed, split=split, id_=id_)
+                (told,) = with_full_bodies([told], editors.bodies, settings.full_body_share, seed, split)
+            (add if split == TRAIN else hold_out)(replace(told, id=id_).validate())
             found.kept, found.heldout = found.kept + 1, found.heldout + (split == HELDOUT)
             found.after.add(told)
-    if editor is not None:
-        editor.save(folder / "bodies.json")
-        if editor.passed_over:
-            found.rejected["introductions without exactly one face, for a whole body"] = len(editor.passed_over)
+    if editors is not None:
+        for what, editor in editors._asdict().items():
+            editor.save(folder / f"{what}.json")
+            if editor.passed_over:
+                found.rejected[f"pictures without exactly one face, for {what}"] = len(editor.passed_over)
     write_json(folder / "import.json", asdict(found))
     return found
 
 
-def _body_editor(pipeline: Path) -> DiffusionEditor:
-    """Makes whole bodies of faces, and keeps those that dlib's network takes for the same person."""
-    return DiffusionEditor(open_pipeline(pipeline), FaceDetector(), DlibEmbedder(), FullBodyConfig())
+class Editors(NamedTuple):
+    """What a pipeline makes of faces: edits between recalls, and whole bodies."""
+
+    edits: DiffusionEditor
+    bodies: DiffusionEditor
+
+
+def _editors(folder: Path, side: int) -> Editors:
+    """Editors that keep what dlib's network takes for the same person; edits are painted at the size of the clips."""
+    pipeline = open_pipeline(folder)
+    bodies = DiffusionEditor(pipeline, FaceDetector(), DlibEmbedder(), FullBodyConfig())
+    return Editors(portrait_editor(pipeline, side), bodies)
 
 
 def _trainable(path: Path, size: int | None, password: str | None) -> list[Rows[Conversation]]:

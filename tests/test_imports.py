@@ -417,15 +417,69 @@ def test_clips_get_whole_bodies_from_a_pipeline(tmp_path: Path, monkeypatch: pyt
         for frame in (clips / f"person {person}").iterdir():
             marked((200, 10 * int(frame.stem), 0), side=16).save(frame)
     made, pipeline = editor(marked((210, 9, 0)))
-    monkeypatch.setattr(imports, "_body_editor", lambda folder: made)
+    monkeypatch.setattr(imports, "_editors", lambda folder, side: imports.Editors(editor()[0], made))
     found = import_set(run, "named", [clips], pipeline=tmp_path)
     told = [c for part in ((), (HELDOUT,)) for c in load_conversations(run.path("data", "named", *part))]
     bodies = [(c, index) for c in told for index, item in enumerate(c.rounds) if item.named == ("framing",)]
     assert len(bodies) == made.counts["kept"] == len(pipeline.asked) > 0
     assert all(c.images is not None and int(c.images[index, 0].float().median()) == 210 for c, index in bodies)
     noted = read_json(run.path("data", "named", "bodies.json"))
-    assert found.rejected == {"introductions without exactly one face, for a whole body": len(noted["passed_over"])}
+    assert found.rejected == {"pictures without exactly one face, for bodies": len(noted["passed_over"])}
     assert len(noted["passed_over"]) > 0 and found.kept == 23 and noted["counts"] == {"kept": len(bodies)}
+
+
+MIXED = {"rounds": [7], "people": [2], "recall_share": 0.3, "rollback_share": 0.2, "rename_share": 0.2,
+         "full_body_share": 0.0}  # fmt: skip
+
+
+def import_painted(folder: Path, monkeypatch: pytest.MonkeyPatch, colour: tuple[int, int, int], **changes: Any) -> Any:
+    """Conversations of clips whose faces are red, edited by a pipeline that paints a colour; and its editor."""
+    run = open_run(folder, data=DATA, people={"named": PEOPLE | MIXED | changes}, stages=[])
+    clips = write_clips(folder / "clips")
+    for path in clips.rglob("*.png"):
+        marked((200, 10 * int(path.stem), 0), side=16).save(path)
+    made, _ = editor(marked(colour), max_face_share=1.0)
+    monkeypatch.setattr(imports, "_editors", lambda *_: imports.Editors(made, editor()[0]))
+    import_set(run, "named", [clips], pipeline=folder)
+    told = [c for part in ((), (HELDOUT,)) for c in load_conversations(run.path("data", "named", *part))]
+    return [c.validate() for c in told], made, run
+
+
+def test_clips_get_edits_ways_back_and_new_names_from_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, made, run = import_painted(tmp_path, monkeypatch, (210, 9, 0))
+    counts = Counter(item.kind for c in told for item in c.rounds)
+    assert min(counts[kind] for kind in ("introduce", "recall", "edit", "rollback")) > 5, counts
+    assert all(len(c) == 7 and c.rounds[-1].kind == "recall" for c in told)
+    for c in told:
+        assert c.images is not None
+        for index, item in enumerate(c.rounds):
+            pixel = c.images[index, :, 8, 8].tolist()
+            if item.kind == "edit":
+                assert pixel == [210, 9, 0] and item.face is not None
+                says = item.instruction.endswith(made.settings.prompts) or item.name is not None
+                assert says, item.instruction
+            elif item.kind == "rollback":
+                assert item.base is not None
+                shown = c.images[item.base, :, 8, 8].tolist()
+                assert pixel in (shown, [210, 9, 0])
+                assert item.face is not None or pixel == shown
+            else:
+                assert pixel[0] == 200, "who is asked for is shown as in the clip"
+    renamed = [item for c in told for item in c.rounds if item.kind == "edit" and item.name]
+    assert renamed and all(item.name in item.instruction for item in renamed)
+    noted = read_json(run.path("data", "named", "edits.json"))
+    assert noted["counts"] == {"kept": len(noted["pictures"])} and len(noted["pictures"]) >= counts["edit"]
+    assert {row["conversation"] for row in noted["pictures"]} <= {c.id for c in told}
+
+
+def test_edits_in_which_the_person_is_lost_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody is asked for instead, or shown again; of a masked face nothing is painted."""
+    told, made, _ = import_painted(tmp_path / "blue", monkeypatch, (0, 0, 220))
+    kinds = Counter(item.kind for c in told for item in c.rounds)
+    assert set(kinds) == {"introduce", "recall", "rollback"} and set(made.counts) == {"identity lost"}
+    assert all(c.images is not None and int(c.images[:, 0, 8, 8].min()) == 200 for c in told)
 
 
 def test_clips_are_refused_with_a_reason(tmp_path: Path) -> None:
