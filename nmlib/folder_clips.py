@@ -31,7 +31,7 @@ class FolderClips:
         ConversationError: there is no person with two frames.
     """
 
-    name = "clips"
+    name = kind = "clips"
     attributes: tuple[Attribute, ...] = ()
 
     def __init__(self, root: Path, image_size: int, frames: int = 8) -> None:

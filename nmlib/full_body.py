@@ -7,9 +7,10 @@ own, and pictures of people who did not agree to it are not to be made.
 """
 
 import inspect
+import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -168,11 +169,19 @@ class DiffusionEditor:
         """Where the face of a picture that was proposed is, as shares of width and height."""
         return self._faces[conversation.id, base, clause]
 
+    def state(self) -> dict[str, Any]:
+        """What was made and passed over, as plain values."""
+        return {"pictures": [row.model_dump(mode="json") for row in self.rows], "passed_over": list(self.passed_over)}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state` was taken."""
+        self.rows = [BodyRow.model_validate_json(json.dumps(row)) for row in state["pictures"]]
+        self.passed_over = list(state["passed_over"])
+
     def save(self, path: Path) -> None:
         """Write what was made, kept, left out and passed over as one JSON file."""
-        rows = [row.model_dump(mode="json") for row in self.rows]
-        told = {"settings": self.settings.model_dump(mode="json"), "counts": self.counts, "pictures": rows}
-        write_json(path, told | {"passed_over": self.passed_over})
+        told = {"settings": self.settings.model_dump(mode="json"), "counts": self.counts}
+        write_json(path, told | self.state())
 
     def _make(self, given: Tensor, prompt: str, seed: int) -> Tensor:
         side = self.settings.image_size

@@ -2,7 +2,7 @@
 
 What notebooks draw in a world is read here from folders: chains of edits, given ways back where the params file asks
 for rollbacks, and clips of faces, which become conversations about people by name. The result lies where a stage looks
-for it, with about one conversation in twenty held out beside it. An import of chains that was interrupted goes on.
+for it, with about one conversation in twenty held out beside it. An import that was interrupted goes on.
 """
 
 import hashlib
@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain as chained
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from nmlib import config, personalization
+from nmlib.batches import set_settings
 from nmlib.chains import Painter, longest_chain, with_rollbacks
 from nmlib.config import DataConfig, FullBodyConfig, Params
 from nmlib.conversation import Conversation
@@ -27,7 +28,7 @@ from nmlib.inspection import Markov, StoredConversations, recognise
 from nmlib.painted_people import paint_conversation, portrait_editor
 from nmlib.readers import Reader, ReadError, Rows
 from nmlib.runtime import Run, progress, write_json
-from nmlib.stored_sets import Parts, writing
+from nmlib.stored_sets import Parts
 
 TRAIN, HELDOUT = "train", "heldout"
 HELDOUT_ONE_IN = 20
@@ -118,15 +119,20 @@ def import_set(
     if name not in params.data:
         there = sorted([*params.data, *params.people])
         raise ReadError(f"{params.name}: no data set {name!r}; `data:` and `people:` define {there}")
-    settings, folder = params.data[name], run.path("data", name)
+    folder = run.path("data", name)
     rows = [rows for path in paths for rows in _trainable(path, picture_size(params), password)]
     readers = [Reader(part, max_rejected, workers=workers) for part in rows]
     painter = None if pipeline is None else Painter(open_pipeline(pipeline), _pool(paths, password))
-    with Parts(folder, (TRAIN, HELDOUT), _import_key(run, settings, name, rows, pipeline)) as parts:
+    with Parts(folder, (TRAIN, HELDOUT), _import_key(run, name, rows, pipeline)) as parts:
         found = _gather(run, name, parts, readers, painter)
     if found.kept == found.heldout:  # before anything is joined: it leaves the earlier data set as it is
         parts.drop()
         raise ReadError(f"{paths[0]}: {found.kept} conversations, none of them to train on; expected a larger data set")
+    return _finish(folder, parts, found)
+
+
+def _finish(folder: Path, parts: Parts, found: Imported) -> Imported:
+    """Make the data set of its parts, and write what became of its source beside it."""
     parts.join(TRAIN, folder)
     parts.join(HELDOUT, folder / HELDOUT)
     write_json(folder / "import.json", asdict(found))
@@ -134,10 +140,16 @@ def import_set(
     return found
 
 
-def _import_key(run: Run, settings: DataConfig, name: str, rows: Sequence[Rows[Any]], pipeline: Path | None) -> str:
+class _Source(Protocol):
+    kind: str
+    root: Path
+
+
+def _import_key(run: Run, name: str, sources: Sequence[_Source], pipeline: Path | None) -> str:
     """Identifies what an import makes: settings, and the data sets by their folders, files and times of change."""
+    settings = set_settings(run.params, name)
     told = [name, str(run.params.seed), str(picture_size(run.params)), str(pipeline), config.digest(settings)]
-    for part in rows:
+    for part in sources:
         files = sorted([*part.root.iterdir(), *part.root.glob("*/*.parquet")]) if part.root.is_dir() else [part.root]
         told += [part.kind, *(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
     return hashlib.blake2b("\n".join(told).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
@@ -171,7 +183,7 @@ def _gather(
 
 def _import_people(run: Run, name: str, paths: Sequence[Path], pipeline: Path | None) -> Imported:
     """Conversations by name about the people of a folder of clips, a few at a time; what became of bodies beside it."""
-    params, found, folder = run.params, Imported(), run.path("data", name)
+    params, folder = run.params, run.path("data", name)
     settings = params.people[name]
     if len(paths) != 1:
         raise ReadError(f"{name}: {len(paths)} folders of clips; expected one, so that no person is in it twice")
@@ -182,24 +194,42 @@ def _import_people(run: Run, name: str, paths: Sequence[Path], pipeline: Path | 
             "`python -m nmlib data clips`, or set face_weight to 1"
         )
     editors = None if pipeline is None else _editors(pipeline, picture_size(params))
-    with writing(folder) as add, writing(folder / HELDOUT) as hold_out:
-        for number in progress(range(settings.conversations), desc=f"import {name}"):
-            split, id_ = TRAIN if number % HELDOUT_ONE_IN else HELDOUT, f"{name}-{number:06d}"
-            one, seed = settings.model_copy(update={"conversations": 1}), params.seed * 1_000_003 + number
-            if editors is None:
-                (told,) = personalization.build_conversations(source, one, seed=seed, split=split)
-            else:
-                told = paint_conversation(source, one, editors.edits, seed=seed, split=split, id_=id_)
-                (told,) = with_full_bodies([told], editors.bodies, settings.full_body_share, seed, split)
-            (add if split == TRAIN else hold_out)(replace(told, id=id_).validate())
-            found.kept, found.heldout = found.kept + 1, found.heldout + (split == HELDOUT)
-            found.after.add(told)
+    with Parts(folder, (TRAIN, HELDOUT), _import_key(run, name, [source], pipeline)) as parts:
+        found = _tell(run, name, parts, source, editors)
     if editors is not None:
         for what, editor in editors._asdict().items():
             editor.save(folder / f"{what}.json")
             if editor.passed_over:
                 found.rejected[f"pictures without exactly one face, for {what}"] = len(editor.passed_over)
-    write_json(folder / "import.json", asdict(found))
+    return _finish(folder, parts, found)
+
+
+def _tell(run: Run, name: str, parts: Parts, source: FolderClips, editors: "Editors | None") -> Imported:
+    """Fill the parts with conversations about people from where they stand; each is a function of its number."""
+    params, settings, found = run.params, run.params.people[name], Imported()
+    if parts.source is not None:
+        found = Imported.of(parts.source["found"])
+        for what, editor in (editors._asdict() if editors else {}).items():
+            editor.resume(parts.source[what])
+
+    def note() -> None:
+        made = {what: editor.state() for what, editor in (editors._asdict() if editors else {}).items()}
+        parts.note({"found": asdict(found), **made})
+
+    for number in progress(range(found.kept, settings.conversations), desc=f"import {name}"):
+        split, id_ = TRAIN if number % HELDOUT_ONE_IN else HELDOUT, f"{name}-{number:06d}"
+        one, seed = settings.model_copy(update={"conversations": 1}), params.seed * 1_000_003 + number
+        if editors is None:
+            (told,) = personalization.build_conversations(source, one, seed=seed, split=split)
+        else:
+            told = paint_conversation(source, one, editors.edits, seed=seed, split=split, id_=id_)
+            (told,) = with_full_bodies([told], editors.bodies, settings.full_body_share, seed, split)
+        parts.add(split, replace(told, id=id_).validate())
+        found.kept, found.heldout = found.kept + 1, found.heldout + (split == HELDOUT)
+        found.after.add(told)
+        if found.kept % NOTE_EVERY == 0:
+            note()
+    note()
     return found
 
 

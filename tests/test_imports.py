@@ -341,8 +341,7 @@ def test_an_import_of_other_settings_or_files_begins_anew(tmp_path: Path) -> Non
 
 def import_key(run: Run, root: Path) -> str:
     """What an interrupted import of the chains in a folder is known by."""
-    rows = imports._trainable(root, 16, None)
-    return imports._import_key(run, run.params.data["chain"], "chain", rows, None)
+    return imports._import_key(run, "chain", imports._trainable(root, 16, None), None)
 
 
 def test_conversations_of_many_files_and_folders_have_names_of_their_own(tmp_path: Path) -> None:
@@ -472,6 +471,32 @@ def test_clips_get_edits_ways_back_and_new_names_from_a_pipeline(
     noted = read_json(run.path("data", "named", "edits.json"))
     assert noted["counts"] == {"kept": len(noted["pictures"])} and len(noted["pictures"]) >= counts["edit"]
     assert {row["conversation"] for row in noted["pictures"]} <= {c.id for c in told}
+
+
+def test_an_interrupted_import_of_people_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was painted before the note is not painted again, and is counted all the same."""
+    monkeypatch.setattr(imports, "NOTE_EVERY", 10)
+    expected, whole, _ = import_painted(tmp_path / "whole", monkeypatch, (210, 9, 0))
+    paint, begun = imports.paint_conversation, list[str]()
+
+    def stop(*words: Any, id_: str, **others: Any) -> Conversation:
+        begun.append(id_)
+        if len(begun) == 25:
+            raise KeyboardInterrupt
+        return paint(*words, id_=id_, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imports, "paint_conversation", stop)
+        with pytest.raises(KeyboardInterrupt):
+            import_painted(tmp_path / "cut", patch, (210, 9, 0))
+    begun.clear()
+    monkeypatch.setattr(
+        imports, "paint_conversation", lambda *a, id_, **k: begun.append(id_) or paint(*a, id_=id_, **k)
+    )
+    told, made, run = import_painted(tmp_path / "cut", monkeypatch, (210, 9, 0))
+    assert begun == [f"named-{number:06d}" for number in range(20, 41)]
+    assert [c.rounds for c in told] == [c.rounds for c in expected] and made.state() == whole.state()
+    assert not run.path("data", "named", "parts").exists()
 
 
 def test_edits_in_which_the_person_is_lost_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ def test_counted_is_measured(again: bool) -> None:
 
 
 def test_repeated_passes_cost_operations_and_save_memory() -> None:
-    kept, repeated = (part_cost(sizes(), SIDE, TOKENS, WIDTH, optim(activation_checkpointing=on)) for on in (False, True))
+    kept, repeated = (
+        part_cost(sizes(), SIDE, TOKENS, WIDTH, optim(activation_checkpointing=on)) for on in (False, True)
+    )
     assert repeated.flops > kept.flops and repeated.activations < kept.activations
     double = part_cost(sizes(), SIDE, TOKENS, WIDTH, optim(batch_size=12))
     assert double.flops == pytest.approx(2 * kept.flops, rel=1e-3)
