@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
+from tqdm import tqdm
+
 from nmlib import config, personalization
 from nmlib.batches import set_settings
 from nmlib.chains import Painter, longest_chain, with_rollbacks
@@ -33,7 +35,6 @@ from nmlib.stored_sets import Parts
 TRAIN, HELDOUT = "train", "heldout"
 HELDOUT_ONE_IN = 20
 OTHER_SPLITS = ("dev", "val", "validation", "test")
-NOTE_EVERY = 500  # conversations between two notes of how far an import is
 LONGEST_POOL = 10_000  # instructions that a painter chooses from
 
 
@@ -123,7 +124,7 @@ def import_set(
     rows = [rows for path in paths for rows in _trainable(path, picture_size(params), password)]
     readers = [Reader(part, max_rejected, workers=workers) for part in rows]
     painter = None if pipeline is None else Painter(open_pipeline(pipeline), _pool(paths, password))
-    with Parts(folder, (TRAIN, HELDOUT), _import_key(run, name, rows, pipeline)) as parts:
+    with _open_parts(folder, _import_key(run, name, rows, pipeline)) as parts:
         found = _gather(run, name, parts, readers, painter)
     if found.kept == found.heldout:  # before anything is joined: it leaves the earlier data set as it is
         parts.drop()
@@ -146,13 +147,33 @@ class _Source(Protocol):
 
 
 def _import_key(run: Run, name: str, sources: Sequence[_Source], pipeline: Path | None) -> str:
-    """Identifies what an import makes: settings, and the data sets by their folders, files and times of change."""
-    settings = set_settings(run.params, name)
-    told = [name, str(run.params.seed), str(picture_size(run.params)), str(pipeline), config.digest(settings)]
+    """Identifies what an import makes: settings, and the data sets by their folders, tables, sizes and times of change.
+
+    Pictures in folders are too many to be asked for; where one is mended, an interrupted import goes on.
+    """
+    settings, given = set_settings(run.params, name), None if pipeline is None else pipeline.resolve()
+    told = [name, str(run.params.seed), str(picture_size(run.params)), str(given), config.digest(settings)]
     for part in sources:
-        files = sorted([*part.root.iterdir(), *part.root.glob("*/*.parquet")]) if part.root.is_dir() else [part.root]
-        told += [part.kind, *(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
+        root = part.root.resolve()
+        entries = [root] if root.is_file() else [entry for entry in root.iterdir() if entry.name[0] != "."]
+        files = [*(entry for entry in entries if entry.is_file()), *root.glob("*/*.parquet"), *root.glob("*/*.jsonl")]
+        told += [part.kind, str(root), *sorted(entry.name for entry in entries)]
+        told += sorted(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
     return hashlib.blake2b("\n".join(told).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _open_parts(folder: Path, key: str) -> Parts:
+    """The parts of an import of that key; says so where those of another are dropped for it."""
+    parts = Parts(folder, (TRAIN, HELDOUT), key)
+    if parts.is_anew:
+        tqdm.write(f"{folder}: settings or files have changed since the import that was interrupted; begun anew")
+    return parts
+
+
+def _own(conversation: Conversation) -> Conversation:
+    """The same conversation in memory of this process: what a worker shares takes room that is small in containers."""
+    images = conversation.images
+    return conversation if images is None else replace(conversation, images=images.clone())
 
 
 def _gather(
@@ -173,9 +194,9 @@ def _gather(
     coming = progress(_made(chained.from_iterable(readers), settings, seed, painter, found), left, f"import {name}")
     for conversation in islice(_once(coming, name, {told.id for told in parts.told()}), left):
         held = is_heldout(conversation.id)
-        parts.add(HELDOUT if held else TRAIN, conversation)
+        parts.add(HELDOUT if held else TRAIN, _own(conversation))
         found.kept, found.heldout = found.kept + 1, found.heldout + held
-        if found.kept % NOTE_EVERY == 0:
+        if parts.is_due:
             note()
     note()
     return found
@@ -194,7 +215,7 @@ def _import_people(run: Run, name: str, paths: Sequence[Path], pipeline: Path | 
             "`python -m nmlib data clips`, or set face_weight to 1"
         )
     editors = None if pipeline is None else _editors(pipeline, picture_size(params))
-    with Parts(folder, (TRAIN, HELDOUT), _import_key(run, name, [source], pipeline)) as parts:
+    with _open_parts(folder, _import_key(run, name, [source], pipeline)) as parts:
         found = _tell(run, name, parts, source, editors)
     if editors is not None:
         for what, editor in editors._asdict().items():
@@ -227,7 +248,7 @@ def _tell(run: Run, name: str, parts: Parts, source: FolderClips, editors: "Edit
         parts.add(split, replace(told, id=id_).validate())
         found.kept, found.heldout = found.kept + 1, found.heldout + (split == HELDOUT)
         found.after.add(told)
-        if found.kept % NOTE_EVERY == 0:
+        if parts.is_due:
             note()
     note()
     return found

@@ -51,6 +51,14 @@ class Tables:
         self._ends = list(accumulate(counts))
         self._group = lru_cache(maxsize=1)(self._read_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the row group in memory, which stays in its process."""
+        return {name: value for name, value in vars(self).items() if name != "_group"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._group = lru_cache(maxsize=1)(self._read_group)
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 

@@ -1,6 +1,7 @@
 """What training the detokenizer on the latents of a VAE needs, counted on a step that has shapes and no numbers."""
 
 import contextlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from nmlib.config import DetokenizerConfig, OptimConfig, Params, SeedXConfig
 from nmlib.detokenizer import Detokenizer
@@ -20,6 +21,19 @@ NUMBER = 4  # bytes: everything is kept in 32 bits, products alone are taken in 
 STATES = 4  # numbers kept of every trained one: itself, its gradient, both moments of Adam
 LATENT_CHANNELS, SHRINK = 4, 8  # of SDXL's VAE
 VAE_WIDTHS = (128, 256, 512, 512)
+
+
+def _attention() -> dict[Any, Any]:
+    """What torch counts of attention on a card, for the operators in its place on a CPU, of which it counts nothing."""
+    found, ops = {}, torch.ops.aten
+    for name in ("_scaled_dot_product_flash_attention{}", "_scaled_dot_product_flash_attention{}_backward"):
+        counted = partial(flop_registry[getattr(ops, name.format(""))])
+        counted._get_raw = True  # type: ignore[attr-defined]  # it asks tensors for their shapes itself
+        found[getattr(ops, name.format("_for_cpu"))] = counted
+    return found
+
+
+ATTENTION = _attention()
 
 
 class Cost(NamedTuple):
@@ -59,7 +73,7 @@ def part_cost(
         if optim.activation_checkpointing:
             repeat_forward_passes(module)
         shape = (pictures, LATENT_CHANNELS, side, side)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda tensor: tensor):
                 losses = module(torch.zeros(pictures, tokens, feature_dim), torch.zeros(shape))
             losses.total.backward()
@@ -112,5 +126,8 @@ def report(params: Params, settings: SeedXConfig, gpus: int) -> str:
             f"{name:24}{optim.batch_size:>10}{training_bytes(parameters, optim) / 1e9:>17.1f} GB"
             f"{cost.activations / 1e9:>11.1f} GB{flops:>12.2e}{seconds:>7.2f} s"
         )
-    lines.append("activations are those of one part; operations are a step's, with the encoder's and the VAE's")
+    lines += [
+        "activations are those of one part; operations are a step's, with the encoder's and the VAE's; the language",
+        "model, which predicts the tokens of the last step in two passes, comes to that with its weights",
+    ]
     return "\n".join(lines)

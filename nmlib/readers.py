@@ -141,6 +141,7 @@ class Reader(IterableDataset[T]):
             rank=self.rank + self.world * rank,
             world=self.world * world,
             position=self.position,
+            workers=self.workers if get_worker_info() is None else 0,
         )
 
     def state(self) -> dict[str, Any]:

@@ -84,9 +84,10 @@ def repl(
         ConversationError: the first file is no picture.
     """
     assert system.vit is not None
-    chat, drawn = SeedXChat(system.agent, system.template), 0
+    chat = SeedXChat(system.agent, system.template)
     chat.show(["here is a picture"], [look_at(system.vit, picture, grids)])
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = len(list(folder.glob("*.png")))  # what was drawn before stays
     print(HELP)
     while True:
         try:
@@ -111,14 +112,23 @@ def _obey(chat: SeedXChat, vit: QwenViT, line: str, grids: Sequence[str]) -> Rep
     if word == "/undo":
         chat.undo()
     elif word == "/show":
-        file, _, text = rest.partition(" ")
-        chat.show([text or "here is a picture"], [look_at(vit, Path(file), grids)])
+        file, text = _file_and_words(rest)
+        chat.show([text or "here is a picture"], [look_at(vit, file, grids)])
     elif (word.startswith("/") and word != "/draw") or not line:
         print(HELP)
     else:
         is_forced = word == "/draw"
         return chat.say([rest if is_forced else line], force_image=is_forced)[0]
     return None
+
+
+def _file_and_words(line: str) -> tuple[Path, str]:
+    """The longest beginning of a line that is a file, which may have spaces in its name, and the rest."""
+    words = line.split(" ")
+    for count in range(len(words), 1, -1):
+        if Path(" ".join(words[:count])).is_file():
+            return Path(" ".join(words[:count])), " ".join(words[count:])
+    return Path(words[0]), " ".join(words[1:])
 
 
 def _draw(reply: Reply, folder: Path, decoder: TokenDecoder | None, drawn: int) -> int:
@@ -153,5 +163,5 @@ def talk_to(run: Run, stage: str, picture: Path | None, weights: Path | None, ti
     grids = GRIDS if tiles == "any" else tuple(filter(None, tiles.split(",")))
     if unknown := [grid for grid in grids if not re.fullmatch(r"[1-9]x[1-9]", grid)]:
         raise ConversationError(f"--tiles: {unknown[0]!r}; expected columns x rows such as 2x1, or any of {GRIDS}")
-    system = load(run, stage, seedx_training.weights_folder(run, weights))
-    repl(system, run.path("chat", stage), picture, latent_training.open_latest(run), grids)
+    folder, decoder = seedx_training.weights_folder(run, weights), latent_training.open_latest(run)
+    repl(load(run, stage, folder), run.path("chat", stage), picture, decoder, grids)

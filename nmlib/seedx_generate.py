@@ -16,7 +16,7 @@ from torch import Tensor
 from nmlib.cache import CacheError
 from nmlib.prefix_cache import PrefixCache
 from nmlib.seedx import SeedX
-from nmlib.seedx_layout import READ, WORD, Positions, Sample, SeedXTemplate
+from nmlib.seedx_layout import READ, WORD, Positions, Sample, SampleError, SeedXTemplate
 from nmlib.seedx_vision import WHOLE
 
 MAX_NEW_TOKENS = 512
@@ -172,7 +172,7 @@ class SeedXChat:
     def __init__(self, agent: SeedX, template: SeedXTemplate, batch: int = 1, remember: Remember | None = None) -> None:
         self.agent, self.template, self.remember = agent, template, remember
         self.cache = SeedXCache(agent, template, batch)
-        self._earlier: list[SeedXCache] = []
+        self._starts: list[int] = []  # tokens before each round
 
     def say(
         self,
@@ -187,11 +187,11 @@ class SeedXChat:
         """One round: an instruction for each conversation, with a picture or without, and the replies to them."""
         shown = list(pictures or [None] * len(instructions))
         prompts = [self._prompt(text, picture) for text, picture in zip(instructions, shown, strict=True)]
-        self._earlier.append(self._fork(self.cache))
+        self._begin(prompts)
         _, logits = self.cache.read_samples(
             prompts, [None if picture is None else picture.features for picture in shown]
         )
-        before = self._fork(self.cache)
+        before = self.cache.length
         replies = generate(
             self.cache,
             logits,
@@ -201,7 +201,7 @@ class SeedXChat:
             one_shot=one_shot,
         )
         if self.remember is not None or self.agent.config.history != "states":
-            self.cache = before
+            self.cache.cut(self.cache.length - before)
             self._read_again(replies)
         return replies
 
@@ -209,7 +209,7 @@ class SeedXChat:
     def show(self, texts: Sequence[str], pictures: Sequence[Shown]) -> None:
         """One round in which every person brings a picture with a text, to which nothing is replied, as in training."""
         prompts = [self._prompt(text, picture) for text, picture in zip(texts, pictures, strict=True)]
-        self._earlier.append(self._fork(self.cache))
+        self._begin(prompts)
         self.cache.read_samples(prompts, [picture.features for picture in pictures])
 
     def undo(self) -> None:
@@ -218,13 +218,21 @@ class SeedXChat:
         Raises:
             CacheError: there is none.
         """
-        if not self._earlier:
+        if not self._starts:
             raise CacheError("nothing to undo: nothing was said yet")
-        self.cache = self._earlier.pop()
+        self.cache.cut(self.cache.length - self._starts.pop())
+
+    def _begin(self, prompts: Sequence[Sample]) -> None:
+        """Note where a round begins; raises SampleError where its prompt and a picture find no place any more."""
+        longest, limit = max(len(prompt.ids) for prompt in prompts), self.agent.config.max_positions
+        needed = self.cache.length + longest + self.template.tokens_per_image + 2
+        if needed > limit:
+            raise SampleError(f"this round makes {needed} tokens of at most {limit}; undo, or begin a new conversation")
+        self._starts.append(self.cache.length)
 
     def _prompt(self, text: str, picture: Shown | None) -> Sample:
-        sample = Sample() if self._earlier else self.template.begin()
-        if self._earlier:
+        sample = Sample() if self._starts else self.template.begin()
+        if self._starts:
             sample.add(self.template.encode("\n"))
         return self.template.ask(sample, text, () if picture is None else picture.positions)
 
@@ -238,12 +246,6 @@ class SeedXChat:
             features.append(self.remember(row, reply.images) if self.remember else reply.images)
         if any(sample.ids for sample in samples):
             self.cache.read_samples(samples, features)
-
-    @staticmethod
-    def _fork(cache: SeedXCache) -> SeedXCache:
-        forked = cache.fork()
-        assert isinstance(forked, SeedXCache)
-        return forked
 
 
 def compare_speed(agent: SeedX, template: SeedXTemplate, instruction: str = "make a picture") -> str:

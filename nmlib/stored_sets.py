@@ -6,6 +6,7 @@ are taken.
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -20,6 +21,7 @@ from nmlib.storage import FEATURES, from_dataset, load_json, to_dataset, to_json
 
 TOLD = "conversations.json"
 NOTE = "note.json"
+NOTE_EVERY, NOTE_SECONDS = 500, 300  # conversations, and seconds, between two notes of how far an import is
 CHUNK = 32  # conversations whose pictures are in memory at once
 
 
@@ -59,7 +61,7 @@ class Parts:
     Args:
         folder: of the data set; takes `parts/` until `drop`.
         names: of what is written side by side.
-        key: identifies source and settings; parts of another key are dropped.
+        key: identifies source and settings; parts of another key are dropped, and `is_anew` says so.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], key: str) -> None:
@@ -67,11 +69,13 @@ class Parts:
         self._open: dict[str, Callable[[Conversation], None]] = {}
         note = self.folder / NOTE
         noted = read_json(note) if note.is_file() else {}
+        self.is_anew = noted.get("key", key) != key
         if noted.get("key") != key:
             self.drop()
             noted = {"key": key, "whole": dict.fromkeys(names, 0), "source": None}
         self._whole: dict[str, int] = noted["whole"]
         self.key, self.source = key, noted["source"]
+        self._added, self._noted_at = 0, time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -84,6 +88,12 @@ class Parts:
         if name not in self._open:
             self._open[name] = self._stack.enter_context(writing(self._part(name, self._whole[name])))
         self._open[name](conversation)
+        self._added += 1
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so much was added, or so much time has passed, since the last note that another is worth it."""
+        return self._added >= NOTE_EVERY or (self._added > 0 and time.monotonic() - self._noted_at > NOTE_SECONDS)
 
     def note(self, source: Any) -> None:
         """Close the parts being written, and note how far the source was read, as plain values: `source` later on."""
@@ -91,7 +101,7 @@ class Parts:
         for name in self._open:
             self._whole[name] += 1
         self._open.clear()
-        self.source = source
+        self._added, self._noted_at, self.source = 0, time.monotonic(), source
         write_json(self.folder / NOTE, {"key": self.key, "whole": self._whole, "source": source})
 
     def told(self) -> Iterator[Conversation]:
@@ -113,7 +123,8 @@ class Parts:
         write_json(folder / TOLD, [told for part in self._parts(name) for told in read_json(part / TOLD)])
 
     def drop(self) -> None:
-        """Remove the parts."""
+        """Remove the parts; the note first, so that it never speaks of parts that are gone."""
+        (self.folder / NOTE).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _parts(self, name: str) -> list[Path]:

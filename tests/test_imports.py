@@ -26,10 +26,11 @@ from test_cli import call  # noqa: F401
 from test_full_body import editor, marked
 from toy import conversations, open_run, raised
 
-from nmlib import imports, parquet_sets
+from nmlib import imports, parquet_sets, stored_sets
 from nmlib.chains import ChainEditor, Painter, clause, longest_chain, with_rollbacks
 from nmlib.config import DataConfig
 from nmlib.conversation import Conversation, ConversationError, Round
+from nmlib.folder_clips import BOXES
 from nmlib.full_body import FullBodyError
 from nmlib.imports import HELDOUT, import_set, is_heldout
 from nmlib.readers import ReadError
@@ -288,7 +289,7 @@ def test_an_interrupted_import_goes_on(
     name: str, workers: int, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between two notes: what was noted is not opened again, and the result is that of one go."""
-    monkeypatch.setattr(imports, "NOTE_EVERY", 12)
+    monkeypatch.setattr(stored_sets, "NOTE_EVERY", 12)
     root = write_sessions(tmp_path / "magicbrush")
     whole, run = open_run(tmp_path / "whole", data=DATA, stages=[]), open_run(tmp_path, data=DATA, stages=[])
     expected = import_set(whole, name, [root])
@@ -320,7 +321,7 @@ def test_an_interrupted_import_goes_on(
             assert torch.equal(one.images, two.images)
 
 
-def test_an_import_of_other_settings_or_files_begins_anew(tmp_path: Path) -> None:
+def test_an_import_of_other_settings_or_files_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, conversation = tmp_path / "set", chain(3)
     with Parts(folder, ("train",), "one") as parts:
         parts.add("train", conversation)
@@ -330,12 +331,26 @@ def test_an_import_of_other_settings_or_files_begins_anew(tmp_path: Path) -> Non
         raise KeyError("stop")
     assert Parts(folder, ("train",), "one").source == {"rows": 1}
     assert [told.id for told in Parts(folder, ("train",), "one").told()] == [conversation.id]
-    assert Parts(folder, ("train",), "two").source is None and not (folder / "parts").exists()
+    shutil.copytree(folder / "parts", tmp_path / "kept")
+    other = Parts(folder, ("train",), "two")
+    assert other.is_anew and other.source is None and not (folder / "parts").exists()
+    shutil.copytree(tmp_path / "kept", folder / "parts")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stored_sets.shutil, "rmtree", killed)
+        Parts(folder, ("train",), "one").drop()
+    begun = Parts(folder, ("train",), "one")
+    assert begun.source is None and list(begun.told()) == [], "what is half removed is not spoken of"
     run, root = open_run(tmp_path, data=DATA, stages=[]), write_sessions(tmp_path / "magicbrush", 8)
     before = import_key(run, root)
     assert before == import_key(run, root)
-    table = next(root.glob("data/train*"))
-    os.utime(table, ns=(1, 1))
+    (root / ".DS_Store").touch()
+    monkeypatch.chdir(tmp_path)
+    assert before == import_key(run, Path("magicbrush"))
+    os.utime(next(root.glob("data/train*")), ns=(1, 1))
     assert before != import_key(run, root)
 
 
@@ -475,7 +490,7 @@ def test_clips_get_edits_ways_back_and_new_names_from_a_pipeline(
 
 def test_an_interrupted_import_of_people_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was painted before the note is not painted again, and is counted all the same."""
-    monkeypatch.setattr(imports, "NOTE_EVERY", 10)
+    monkeypatch.setattr(stored_sets, "NOTE_EVERY", 10)
     expected, whole, _ = import_painted(tmp_path / "whole", monkeypatch, (210, 9, 0))
     paint, begun = imports.paint_conversation, list[str]()
 
@@ -500,11 +515,22 @@ def test_an_interrupted_import_of_people_goes_on(tmp_path: Path, monkeypatch: py
 
 
 def test_edits_in_which_the_person_is_lost_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody is asked for instead, or shown again; of a masked face nothing is painted."""
+    """Somebody is asked for instead, or shown again."""
     told, made, _ = import_painted(tmp_path / "blue", monkeypatch, (0, 0, 220))
     kinds = Counter(item.kind for c in told for item in c.rounds)
     assert set(kinds) == {"introduce", "recall", "rollback"} and set(made.counts) == {"identity lost"}
     assert all(c.images is not None and int(c.images[:, 0, 8, 8].min()) == 200 for c in told)
+
+
+def test_of_a_masked_face_nothing_is_painted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = {f"{frame}.png": [0.2, 0.2, 0.9, 0.9] for frame in range(3)}
+    for person in range(24):
+        folder = tmp_path / "clips" / f"person {person}"
+        folder.mkdir(parents=True)
+        (folder / BOXES).write_text(json.dumps(boxes))
+    told, _, _ = import_painted(tmp_path, monkeypatch, (210, 9, 0), pairing="masked")
+    starts = {c.rounds[item.base].kind for c in told for item in c.rounds if item.kind in ("edit", "rollback")}
+    assert starts and "introduce" not in starts
 
 
 def test_clips_are_refused_with_a_reason(tmp_path: Path) -> None:

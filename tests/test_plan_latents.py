@@ -41,6 +41,15 @@ def test_repeated_passes_cost_operations_and_save_memory() -> None:
     assert double.flops == pytest.approx(2 * kept.flops, rel=1e-3)
 
 
+def test_attention_is_counted() -> None:
+    """With four times the patches attention to one another takes sixteen times the operations, the rest four times."""
+    small, large = (part_cost(sizes(), side, TOKENS, WIDTH, optim()).flops for side in (SIDE, 2 * SIDE))
+    patches, width, layers = (SIDE // 2) ** 2, 32, 3
+    pictures, passes = 3, 3.5  # forward, and backward with the scores computed again
+    own = passes * pictures * layers * 4 * width * patches**2
+    assert large - 4 * small == pytest.approx((16 - 4) * own, rel=0.35)
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_bytes_of_a_training_are_those_it_keeps(ema_decay: float, tmp_path: Path) -> None:
     module = Detokenizer(sizes(), SIDE, TOKENS, WIDTH, LATENT_CHANNELS)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import random
 import zlib
 from collections.abc import Iterator
@@ -386,6 +387,10 @@ def test_formats_that_start_programs_are_not_opened() -> None:
 # shards, positions, shares
 
 
+def write_seed_session(root: Path) -> Path:
+    return write_seed(root, [seed_line("one", 2)])
+
+
 class Numbers:
     """Rows that are their own numbers; some are bad."""
 
@@ -441,6 +446,13 @@ def test_rows_of_other_shards_are_not_opened() -> None:
 def test_workers_of_a_loader_share_the_rows() -> None:
     reader: Reader[int] = Reader(Numbers(11), rank=0, world=2)
     assert sorted(DataLoader(reader, batch_size=None, num_workers=2)) == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("write", [write_magicbrush, write_imgedit, write_instructpix2pix, write_seed_session])
+def test_rows_travel_to_a_process_that_is_spawned(write: Any, tmp_path: Path) -> None:
+    for rows in recognise(write(tmp_path), 16):
+        there = pickle.loads(pickle.dumps(rows))
+        assert [c.rounds for c in Reader(there, 1.0)] == [c.rounds for c in Reader(rows, 1.0)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -205,3 +205,8 @@ def test_library_imports_follow_every_kind_of_import() -> None:
     assert runtime.library_imports("records") == ["config", "extra_settings", "records", "runtime", "settings"]
     assert runtime.library_digest("records") == runtime.library_digest("runtime", "records")
     assert runtime.library_digest("records") != runtime.library_digest("runtime")
+
+
+def test_attention_stays_off_cudnn() -> None:
+    """Its gradients are not numbers for some lengths under a mask (pytorch issue 196678)."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

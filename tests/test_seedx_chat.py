@@ -51,7 +51,9 @@ def test_a_wide_picture_is_read_in_tiles_and_as_a_whole(photo: Path) -> None:
 def test_what_is_said_is_answered_drawn_and_undone(
     photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = ["/draw the wall blue", "/show photo.png", f"/show {photo} and him", "/undo", "/other", "", "/quit"]
+    (photo.parent / "a photo.png").write_bytes(photo.read_bytes())
+    shown = [f"/show {photo.parent}/a photo.png of him", "/show photo.png", f"/show {photo} and him"]
+    lines = [shown[0], "/draw the wall blue", *shown[1:], "/undo", "/other", "", "/quit"]
     say(system(), photo, lines, monkeypatch, Painter())
     out = capsys.readouterr().out
     first = photo.parent / "drawn" / "001.png"

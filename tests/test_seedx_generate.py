@@ -11,7 +11,7 @@ from toy import raised
 from nmlib.cache import CacheError
 from nmlib.seedx import SeedX
 from nmlib.seedx_generate import Reply, SeedXChat, Shown, compare_speed
-from nmlib.seedx_layout import READ, Sample, SeedXTemplate
+from nmlib.seedx_layout import READ, Sample, SampleError, SeedXTemplate
 
 TEXTS = ["make the hat red", "go back to what it was before undo that", "blue"]
 
@@ -183,6 +183,24 @@ def test_undo_forgets_a_round() -> None:
     (one,), (other,) = chat.say([TEXTS[2]], max_new_tokens=20), fresh.say([TEXTS[2]], max_new_tokens=20)
     assert one.ids == other.ids and torch.equal(one.images, other.images)
     assert raised(lambda: SeedXChat(agent, template).undo(), CacheError) == "nothing to undo: nothing was said yet"
+
+
+@torch.no_grad()
+def test_rounds_that_were_undone_take_no_memory_and_a_full_conversation_is_refused() -> None:
+    agent, template = willing(0, max_positions=90)
+    chat = SeedXChat(agent, template)
+    chat.say([TEXTS[0]], max_new_tokens=9)
+    length = chat.cache.length
+    for _ in range(3):
+        chat.say([TEXTS[1]], max_new_tokens=9)
+        chat.undo()
+    assert chat.cache.length == length == chat.cache.length_read
+
+    def fill() -> None:
+        for _ in range(90):
+            chat.show([TEXTS[1]], [Shown(torch.zeros(1, agent.config.vision.tokens, agent.config.vision.feature_dim))])
+
+    assert "tokens of at most 90; undo, or begin a new conversation" in raised(fill, SampleError)
 
 
 def test_comparison_of_speed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
