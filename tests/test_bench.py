@@ -10,7 +10,7 @@ import torch
 import yaml
 from toy import SETTINGS, open_run, raised
 
-from nmlib import bench, config, plan_stages, speed_plots, workloads
+from nmlib import bench, config, plan_stages, speed_plots, throughput, workloads
 from nmlib import records as stored_records
 from nmlib.bench_setup import QUICK, Bench, Sizes, tokens_of
 from nmlib.prefix_cache import PrefixCache
@@ -230,3 +230,15 @@ def test_compiled_layers_compute_what_they_did() -> None:
         after = model(**batch)
     assert calls, "no layer went through the compiler"
     torch.testing.assert_close(after, before)
+
+
+def test_a_card_that_cannot_compile_leaves_its_rows_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 36 GiB")
+
+    monkeypatch.setattr(throughput, "_steps", too_large)
+    made = quick()
+    throughput._compiled_steps(made, next(stage for stage in PARAMS.stages if stage.data))
+    assert capsys.readouterr().err == "throughput.compiled is left out: CUDA out of memory.\n" and not made.results
