@@ -1,7 +1,7 @@
 """What training the detokenizer on the latents of a VAE needs, counted on a step that has shapes and no numbers."""
 
 import contextlib
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ def training_bytes(parameters: int, optim: OptimConfig) -> int:
     return NUMBER * (STATES + bool(optim.ema_decay)) * parameters
 
 
+@cache
 def part_cost(
     settings: DetokenizerConfig, side: int, tokens: int, feature_dim: int, optim: OptimConfig, fake: bool = True
 ) -> Cost:
@@ -82,6 +83,7 @@ def part_cost(
     return Cost(counter.get_total_flops(), held)
 
 
+@cache
 def vae_flops(side: int) -> int:
     """Operations of encoding one picture of `side` pixels with a VAE of SDXL's size."""
     levels = len(VAE_WIDTHS)
