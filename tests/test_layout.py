@@ -51,6 +51,19 @@ def test_upload_and_edit_by_hand() -> None:
     assert batch.query_slots[0].nonzero().flatten().tolist() == [24, 25, 26, 27]
 
 
+def test_padding_comes_last_and_says_so() -> None:
+    """Beside a longer row every field of a shorter one is what it is alone, then its own kind of padding."""
+    longer = Conversation("three", "toy", (*two_rounds().rounds, make_round("edit", "make the square blue", 1)))
+    alone, beside = GROUNDED.packed([two_rounds()]), GROUNDED.packed([longer, two_rounds()])
+    length = alone.input_ids.shape[1]
+    assert beside.input_ids.shape[1] > length
+    padding = {"input_ids": int(TOKENIZER.pad_token_id or 0), "segments": PADDING, "labels": IGNORE}
+    for name in ("input_ids", "position_ids", "segments", "rounds", "labels", "block_start", "history_slots"):
+        row = getattr(beside, name)[1]
+        assert torch.equal(row[:length], getattr(alone, name)[0]), name
+        assert set(row[length:].tolist()) == {padding.get(name, 0)}, name
+
+
 def test_description_by_hand() -> None:
     first = make_round("describe", "a picture with red square")
     told = Conversation("told", "toy", (first, make_round("edit", "make the square red", 0)))
