@@ -114,6 +114,7 @@ def record(run: Run, report: Report) -> None:
             result.value,
             low=result.low,
             high=result.high,
+            limit=result.limit,
             n=result.repeats,
             unit=result.unit,
             modules=("bench",),

@@ -4,7 +4,7 @@
 runs whole conversations in a batch, the model reading its own pictures under a history policy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -288,22 +288,34 @@ def repl(session: ChatSession, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     print(HELP)
+    _show(session, folder)
+    for line in lines_typed():
+        try:
+            _obey(session, line)
+        except (ConversationError, CacheError, ValueError) as error:
+            print(error)
+        _show(session, folder)
+
+
+def lines_typed() -> Iterator[str]:
+    """Lines from the terminal, until it ends or one says `/quit`."""
     while True:
-        node = session.current
-        path = folder / f"{node.id:03d}.png"
-        session.picture().save(path)
-        came = "" if node.base is None else f", from picture {node.base}"
-        print(f"[{node.id}] {path}{came}")
         try:
             line = input("> ").strip()
         except EOFError:
             return
         if line == "/quit":
             return
-        try:
-            _obey(session, line)
-        except (ConversationError, CacheError, ValueError) as error:
-            print(error)
+        yield line
+
+
+def _show(session: ChatSession, folder: Path) -> None:
+    """Write the current picture, and say where."""
+    node = session.current
+    path = folder / f"{node.id:03d}.png"
+    session.picture().save(path)
+    came = "" if node.base is None else f", from picture {node.base}"
+    print(f"[{node.id}] {path}{came}")
 
 
 def _obey(session: ChatSession, line: str) -> None:

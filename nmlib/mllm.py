@@ -13,24 +13,21 @@ What differs from a textbook language model:
 Module names are SEED-X's (`llm`, `input_resampler`, `output_resampler`).
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nmlib import attention, lora
 from nmlib.config import ModelConfig
 from nmlib.layout import IGNORE, Layout
 from nmlib.resampler import Resampler
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORD_STD = 0.05
 MATCH_GAIN = 1.7
-LORA_FULLY_TRAINED = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
 class Losses(NamedTuple):
@@ -112,7 +109,7 @@ class HistoryMLLM(nn.Module):
                 max_position_embeddings=8192,
                 pad_token_id=pad_token_id,
                 initializer_range=WORD_STD,
-                attn_implementation="sdpa",  # type: ignore[call-arg]
+                attn_implementation=attention.LANGUAGE,  # type: ignore[call-arg]
                 use_cache=False,
             )
         )
@@ -150,17 +147,7 @@ class HistoryMLLM(nn.Module):
 
     def add_lora(self) -> None:
         """Freeze the language model but for LoRA, norms, embeddings and head; resamplers stay trainable."""
-        settings = LoraConfig(
-            r=self.settings.lora_rank,
-            lora_alpha=self.settings.lora_alpha,
-            lora_dropout=self.settings.lora_dropout,
-            target_modules=list(LORA_TARGETS),
-            modules_to_save=list(LORA_FULLY_TRAINED),
-            task_type="CAUSAL_LM",
-        )
-        with warnings.catch_warnings():  # peft asks transformers by an old name
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            self.llm = get_peft_model(self.llm, settings)
+        self.llm = lora.add(self.llm, self.settings)
         self.base_llm.get_input_embeddings().weight.requires_grad_(True)
         self.base_llm.lm_head.weight.requires_grad_(True)
 
@@ -288,7 +275,7 @@ class HistoryMLLM(nn.Module):
             )
         finally:
             if output_attentions:
-                self.base_llm.set_attn_implementation("sdpa")
+                self.base_llm.set_attn_implementation(attention.LANGUAGE)
         hidden_states = result.last_hidden_state  # (B, T, D)
         queries = hidden_states[layout.query_slots].unflatten(0, (-1, self.tokens_per_image))  # (Q, N, D)
         logits = self.base_llm.lm_head(hidden_states[layout.labels != IGNORE])  # (L, V)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nmlib import lora
 from nmlib.batches import set_settings
 from nmlib.config import ModelConfig, Params, SeedXConfig
 from nmlib.resampler import Resampler
@@ -18,7 +19,6 @@ from nmlib.seedx_adapter import AdapterResampler, SDXLAdapter
 from nmlib.seedx_vision import QwenViT, pool_tokens
 
 WEIGHT, GRADIENT, OPTIMISER = 2, 2, 12  # bytes of a number
-LORA_LINEARS = 7
 PEAK_TFLOPS, UTILISATION = 989.0, 0.4  # an H100's dense bfloat16, and the share of it that is assumed
 TOKEN_BYTES = 2  # of a cached number
 
@@ -103,8 +103,9 @@ def layer_activation_bytes(model: ModelConfig, length: int, itemsize: int = 2, m
         itemsize: bytes of a number, 2 in bfloat16.
         mask_itemsize: bytes of an entry of a dropout mask: 1 on a GPU, a whole number on the CPU.
     """
-    width, inner, rank = model.hidden_size, model.intermediate_size, model.lora_rank
-    kept = itemsize * (8 * width + 4 * inner + LORA_LINEARS * rank)
+    width, inner = model.hidden_size, model.intermediate_size
+    narrow = sum(model.lora_rank for shape in lora_shapes(model) if not folded(model, *shape))
+    kept = itemsize * (8 * width + 4 * inner + narrow)
     if model.lora_dropout:  # each of the seven drops others, so that they share no input
         kept += (itemsize + mask_itemsize) * (6 * width + inner) - itemsize * (2 * width + inner)
     norms = 2 * (4 * width + 4)  # in 32 bit, with one root each
@@ -130,13 +131,30 @@ def cache_bytes(settings: SeedXConfig) -> tuple[int, int]:
 # operations: a product of an (m, k) and a (k, n) matrix counts 2*m*k*n
 
 
-def llm_flops(model: ModelConfig, length: int, backward: bool = False) -> int:
-    """Operations of LLaMA with LoRA on one sequence, without the head; backward through frozen weights costs half."""
+def lora_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """Inputs and outputs of the linear layers of one layer of LLaMA, all of which LoRA tunes."""
     width, inner = model.hidden_size, model.intermediate_size
-    frozen = 2 * length * (4 * width**2 + 3 * width * inner)
-    lora = 2 * length * model.lora_rank * (8 * width + 3 * (width + inner))
-    attention = 4 * length**2 * width
-    return model.layers * ((frozen + 2 * lora + 2 * attention) if backward else (frozen + lora + attention))
+    return [(width, width)] * 4 + [(width, inner)] * 2 + [(inner, width)]
+
+
+def folded(model: ModelConfig, inputs: int, outputs: int) -> bool:
+    """Whether a linear layer adds LoRA to its weight first (`lora.FoldedLinear`)."""
+    return not model.lora_dropout and lora.folds(model.lora_rank, inputs, outputs)
+
+
+def linear_flops(model: ModelConfig, inputs: int, outputs: int, length: int, backward: bool) -> int:
+    """Operations of a linear layer with LoRA on one sequence; backward through frozen weights costs half."""
+    weight, pair = 2 * length * inputs * outputs, 2 * length * model.lora_rank * (inputs + outputs)
+    if not folded(model, inputs, outputs):
+        return weight + (2 if backward else 1) * pair
+    return (2 if backward else 1) * (weight + 2 * model.lora_rank * inputs * outputs)
+
+
+def llm_flops(model: ModelConfig, length: int, backward: bool = False) -> int:
+    """Operations of LLaMA with LoRA on one sequence, without the head."""
+    attention = (2 if backward else 1) * 4 * length**2 * model.hidden_size
+    linears = sum(linear_flops(model, *shape, length, backward) for shape in lora_shapes(model))
+    return model.layers * (linears + attention)
 
 
 def vit_flops(settings: SeedXConfig) -> int:

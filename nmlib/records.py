@@ -26,6 +26,7 @@ class Record(BaseModel):
         value: the number.
         low: lower end of the 95% interval, if one was computed.
         high: upper end of it.
+        limit: what arithmetic allows at best, where that is known.
         n: how many things were measured.
         seeds: over how many training seeds.
         unit: for example `share`, `dB`, `minutes`; empty where the number has none.
@@ -43,6 +44,7 @@ class Record(BaseModel):
     value: float
     low: float | None = None
     high: float | None = None
+    limit: float | None = None
     n: int = Field(ge=1)
     seeds: int = Field(default=1, ge=1)
     unit: str = ""
@@ -63,6 +65,7 @@ def write_record(
     modules: Sequence[str],
     low: SupportsFloat | None = None,
     high: SupportsFloat | None = None,
+    limit: SupportsFloat | None = None,
     seeds: int = 1,
     unit: str = "",
     minutes: float | None = None,
@@ -77,6 +80,7 @@ def write_record(
         n: how many things were measured.
         modules: library modules that made the number, what they import is implied; () is the whole library.
         low, high: the 95% interval, if there is one.
+        limit: what arithmetic allows at best, where that is known.
         seeds: over how many training seeds.
         unit: for example `share` or `dB`.
         minutes: what the measurement took.
@@ -94,6 +98,7 @@ def write_record(
             value=float(value),
             low=None if low is None else float(low),
             high=None if high is None else float(high),
+            limit=None if limit is None else float(limit),
             n=int(n),
             seeds=seeds,
             unit=unit,
@@ -197,9 +202,11 @@ def table(records: Iterable[Record]) -> str:
         records: what to show, in this order.
     """
     rows = list(records)
-    head = ["| result | value | 95% interval | n | seeds | unit | minutes |", "|---|---|---|---|---|---|---|"]
+    head = ["| result | value | 95% interval | limit | n | seeds | unit | minutes |", "|---" * 8 + "|"]
     body = [
-        f"| `{r.id}` | {_show(r.value)} | {_interval(r)} | {r.n} | {r.seeds} | {r.unit} | {_minutes(r)} |" for r in rows
+        f"| `{r.id}` | {_show(r.value)} | {_interval(r)} | {'' if r.limit is None else _show(r.limit)} | {r.n} "
+        f"| {r.seeds} | {r.unit} | {_minutes(r)} |"
+        for r in rows
     ]
     machines = sorted({(r.command, r.machine) for r in rows})
     return "\n".join([*head, *body, "", *(f"`{command}` on {machine}  " for command, machine in machines)])

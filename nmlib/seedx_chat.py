@@ -13,6 +13,7 @@ from PIL import Image
 
 from nmlib import latent_training, runtime, seedx_training
 from nmlib.cache import CacheError
+from nmlib.chat import lines_typed
 from nmlib.conversation import PICTURE_ERRORS, ConversationError, from_picture, to_picture
 from nmlib.detokenizer import TokenDecoder
 from nmlib.runtime import Run
@@ -89,13 +90,7 @@ def repl(
     folder.mkdir(parents=True, exist_ok=True)
     drawn = len(list(folder.glob("*.png")))  # what was drawn before stays
     print(HELP)
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
+    for line in lines_typed():
         try:
             reply = _obey(chat, system.vit, line, grids)
         except (ConversationError, CacheError, SampleError) as error:

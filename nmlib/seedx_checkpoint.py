@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nmlib.checkpoint import CheckpointError, require_fit
 from nmlib.config import SeedXConfig
-from nmlib.mllm import LORA_TARGETS
+from nmlib.lora import LORA_TARGETS
 from nmlib.runtime import RunError, atomic_folder, read_json, write_json
 from nmlib.seedx import SeedX, check_tokenizer, count_parameters
 from nmlib.seedx_files import Header, headers_of, tensors_of, weight_files

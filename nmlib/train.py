@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from nmlib import checkpoint, config, runtime
+from nmlib.attention import training_attention
 from nmlib.config import OptimConfig, Settings
 from nmlib.prefetch import batches_ahead
 from nmlib.runtime import Run
@@ -234,7 +235,8 @@ class Training:
             torch.manual_seed(step_seed(self.seed, self.step, number))
             part = {k: value.to(device) if hasattr(value, "to") else value for k, value in pieces[number].batch.items()}
             last = number == own[-1]  # gradients travel between processes once a step
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            synchronized = contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+            with synchronized, training_attention(device):
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     losses = self.wrapped(**part)
                 # processes average gradients, and parts add up

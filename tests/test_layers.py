@@ -10,7 +10,7 @@ from nmlib import runtime
 
 FOLDER = Path(nmlib.__file__).parent
 LAYERS = (
-    ("config", "extra_settings", "prefetch", "runtime", "settings"),
+    ("attention", "config", "extra_settings", "prefetch", "runtime", "settings"),
     (
         "checkpoint",
         "conversation",
@@ -51,6 +51,7 @@ LAYERS = (
         "layout",
         "links",
         "lookup",
+        "lora",
         "manifest",
         "measured",
         "name_controls",

@@ -19,8 +19,11 @@ ROOT = Path(__file__).parent.parent
 LENGTH, BATCH = 31, 2
 
 
-def model(layers: int = 2, dropout: float = 0.0) -> ModelConfig:
-    return ModelConfig(hidden_size=48, intermediate_size=116, layers=layers, heads=4, resampler_heads=4, lora_rank=3,
+FOLDED = 29  # a rank at which every linear layer folds; at 3 none does
+
+
+def model(layers: int = 2, dropout: float = 0.0, rank: int = 3) -> ModelConfig:
+    return ModelConfig(hidden_size=48, intermediate_size=116, layers=layers, heads=4, resampler_heads=4, lora_rank=rank,
                        lora_alpha=3, lora_dropout=dropout, response="polite", markers=False)  # fmt: skip
 
 
@@ -28,6 +31,7 @@ def tuned(settings: ModelConfig, dtype: torch.dtype = torch.float32) -> SeedX:
     torch.manual_seed(0)
     agent = SeedX(seedx_toy.settings(model=settings))
     agent.add_lora()
+    agent.base_llm.set_attn_implementation("sdpa")  # fused, as on the card that is planned for
     return agent.to(dtype).train()
 
 
@@ -63,6 +67,14 @@ def test_activations_of_a_layer(dtype: torch.dtype, dropout: float) -> None:
     assert measured == planned
 
 
+def test_activations_of_a_layer_that_folds_lora() -> None:
+    """Of LoRA it keeps nothing for a token, and the sums of the weights once."""
+    measured = saved_bytes(tuned(model(3, rank=FOLDED))) - saved_bytes(tuned(model(2, rank=FOLDED)))
+    sums = 4 * (4 * 48 * 48 + 3 * 48 * 116)
+    assert measured - sums == BATCH * LENGTH * plan.layer_activation_bytes(model(1, rank=FOLDED), LENGTH, 4)
+    assert plan.layer_activation_bytes(model(1), 5) - plan.layer_activation_bytes(model(1, rank=FOLDED), 5) == 2 * 7 * 3
+
+
 def test_activations_with_checkpointing() -> None:
     settings = model(5)
     layer = plan.layer_activation_bytes(settings, 100)
@@ -76,12 +88,15 @@ def counted(run: Any) -> int:
     return counter.get_total_flops()
 
 
-def test_operations_of_the_language_model() -> None:
-    agent = tuned(model(3))
+@pytest.mark.parametrize("rank", [3, FOLDED])
+def test_operations_of_the_language_model(rank: int) -> None:
+    settings = model(3, rank=rank)
+    agent = tuned(settings)
     forward = counted(lambda: read(agent))
     both = counted(lambda: read(agent).sum().backward())
-    assert forward == BATCH * plan.llm_flops(model(3), LENGTH)
-    assert both - forward == BATCH * plan.llm_flops(model(3), LENGTH, backward=True)
+    once = 0 if rank == 3 else 3 * (BATCH - 1) * 2 * rank * (4 * 48 * 48 + 3 * 48 * 116)  # sums of weights, not per row
+    assert forward == BATCH * plan.llm_flops(settings, LENGTH) - once
+    assert both - forward == BATCH * plan.llm_flops(settings, LENGTH, backward=True) - 2 * once
 
 
 def test_operations_of_resampler_and_encoder() -> None:

@@ -104,14 +104,14 @@ def test_publish_refuses_what_is_stale_or_means_nothing(run: Run, tmp_path: Path
 
 
 def test_table_goes_between_the_markers(run: Run, tmp_path: Path) -> None:
-    rows = [write(run, low=0.4, high=0.6, unit="share"), write(run, "detokenizer.psnr", 25.123, unit="dB")]
+    rows = [write(run, low=0.4, high=0.6, limit=0.75, unit="share"), write(run, "detokenizer.psnr", 25.123, unit="dB")]
     readme = tmp_path / "README.md"
     readme.write_text(f"# A\n{records.START}\nold\n{records.END}\nrest\n", encoding="utf-8")
     for _ in range(2):
         records.write_tables(readme, {"tiny": rows, "big": rows[:1]}, r"rollback\..*")
     text = readme.read_text(encoding="utf-8")
-    assert "| `rollback.accuracy.depth1` | 0.500 | 0.400 to 0.600 | 10 | 1 | share |  |" in text
-    assert "| `detokenizer.psnr` | 25.1 |  | 10 | 1 | dB |  |" in text
+    assert "| `rollback.accuracy.depth1` | 0.500 | 0.400 to 0.600 | 0.750 | 10 | 1 | share |  |" in text
+    assert "| `detokenizer.psnr` | 25.1 |  |  | 10 | 1 | dB |  |" in text
     both = "0.500 (0.400 to 0.600)"
     side = f"| result | `tiny` | `big` |\n|---|---|---|\n| `rollback.accuracy.depth1` | {both} | {both} |\n\n"
     assert side in text and "<summary><code>params/big.yaml</code>: 1 results</summary>" in text
