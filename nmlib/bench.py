@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nmlib import config, runtime, workloads
 from nmlib.bench_setup import Bench, Sizes
 from nmlib.config import Params
+from nmlib.products import products
 from nmlib.records import write_record
 from nmlib.runtime import Run, RunError
 from nmlib.throughput import throughput
@@ -20,6 +21,7 @@ from nmlib.timing import Result
 WORKLOADS: dict[str, Callable[[Bench], None]] = {
     "training": workloads.training,
     "throughput": throughput,
+    "products": products,
     "packing": workloads.packing,
     "latency": workloads.latency,
     "recompute": workloads.recompute,

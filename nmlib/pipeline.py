@@ -5,25 +5,22 @@ to date is skipped, so an interrupted run goes on where it stopped.
 """
 
 import contextlib
-import json
 import math
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import papermill
 import psutil
-from ipykernel.kernelspec import get_kernel_dict
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
 
 from nmlib import costs, runtime
+from nmlib.kernels import Kernel, Kernels
 from nmlib.records import read_records, write_record
 from nmlib.runtime import Run, RunError
 from nmlib.steps import State, Step, in_order, read_step, snapshot
@@ -75,9 +72,15 @@ class Project:
 
 
 class Cost:
-    """Minutes and peak memory of the processes started inside a `with` block."""
+    """Minutes of a `with` block, and peak memory of a process and those below it.
 
-    def __init__(self, every: float = 0.5) -> None:
+    Args:
+        pid: number of the process.
+        every: seconds between two looks.
+    """
+
+    def __init__(self, pid: int, every: float = 0.5) -> None:
+        self._pid = pid
         self.minutes = 0.0
         self.memory_gb = 0.0
         self._every = every
@@ -95,44 +98,17 @@ class Cost:
         self.minutes = (time.monotonic() - self._start) / 60
 
     def _watch(self) -> None:
-        me = psutil.Process()
-        while not self._done.wait(self._every):
-            total = 0
-            for child in me.children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    total += child.memory_info().rss
-            self.memory_gb = max(self.memory_gb, total / 2**30)
+        with contextlib.suppress(psutil.Error):  # it ended
+            top = psutil.Process(self._pid)
+            while not self._done.wait(self._every):
+                total = top.memory_info().rss
+                for child in top.children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        total += child.memory_info().rss
+                self.memory_gb = max(self.memory_gb, total / 2**30)
 
 
-@contextlib.contextmanager
-def _kernel_environment() -> Iterator[None]:
-    """Make `python3` mean this interpreter and this library, offline, whatever else is installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        kernel = Path(folder, "kernels", "python3", "kernel.json")
-        kernel.parent.mkdir(parents=True)
-        # a kernel is interrupted before it is shut down, and would report that as an error
-        spec = get_kernel_dict(extra_arguments=["--log-level=CRITICAL"])
-        kernel.write_text(json.dumps(spec), encoding="utf-8")
-        library = str(Path(runtime.__file__).parent.parent)
-        wanted = {
-            "JUPYTER_PATH": os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")])),
-            "PYTHONPATH": os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")])),
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        old = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
-        try:
-            yield
-        finally:
-            for name, value in old.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-
-
-def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds: int) -> None:
+def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds: int, kernel: Kernel) -> None:
     """Execute one notebook into the run's `chapters/`, whole or not at all.
 
     Args:
@@ -141,6 +117,7 @@ def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds
         terminal: shows what the notebook writes to stderr.
         cell_minutes: longest time for a cell.
         seeds: trainings of every stage.
+        kernel: runs it, and is stopped.
 
     Raises:
         RunError: the notebook failed; one line with the notebook, the cell and the error.
@@ -154,7 +131,7 @@ def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds
     failed.unlink(missing_ok=True)
     where = f"notebooks/{step.path.name}"
     try:
-        with runtime.atomic_path(run.path("chapters", step.path.name)) as temporary, _kernel_environment():
+        with runtime.atomic_path(run.path("chapters", step.path.name)) as temporary:
             papermill.execute_notebook(
                 str(step.path),
                 str(temporary.resolve()),
@@ -162,11 +139,12 @@ def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds
                 kernel_name="python3",
                 language="python",
                 cwd=str(folder),
+                km=kernel,
                 progress_bar=False,
                 request_save_on_cell_execute=False,
                 stderr_file=terminal,
+                start_timeout=math.ceil(max(1, cell_minutes) * 60),  # a kernel answers once it has imported
                 execution_timeout=math.ceil(cell_minutes * 60),  # 0 would mean no limit
-                config=Config(KernelManager={"transport_encryption": "auto"}),
             )
     except PapermillExecutionError as error:
         failed.write_text("\n".join(error.traceback), encoding="utf-8")
@@ -177,6 +155,10 @@ def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds
         raise RunError(f"{where}: a cell ran longer than {cell_minutes:g} minutes; raise --cell-minutes") from None
     except DeadKernelError:
         raise RunError(f"{where}: its process died; the usual cause is too little memory") from None
+    except RuntimeError as error:  # what nbclient says of a kernel that does not answer
+        raise RunError(f"{where}: its process did not start ({error})") from None
+    finally:
+        kernel.stop()
 
 
 def _source_cell(path: Path, executed: int) -> int:
@@ -216,8 +198,9 @@ def run_notebooks(
     state = State(run, seeds)
     chosen = steps if only is None else [_choose(steps, only, state)]
     ran = []
-    with Terminal([step.name for step in chosen], _expected_minutes(project, run, state)) as terminal:
-        for step in chosen:
+    expected = _expected_minutes(project, run, state)
+    with Terminal([step.name for step in chosen], expected) as terminal, Kernels(project.root / "notebooks") as kernels:
+        for place, step in enumerate(chosen):
             reason = "forced" if force else state.reason(step)
             if reason is None:
                 terminal.skip(step.name)
@@ -225,10 +208,14 @@ def run_notebooks(
             terminal.start(step.name, reason)
             state.begin(step, force)
             inputs, before = state.inputs(step), snapshot(run.folder)
-            cost = Cost()
+            following = _following(step, chosen[place + 1 :], state, force)
+            kernel = kernels.take()
+            cost = Cost(kernel.pid)
             try:
                 with cost:
-                    execute(step, run, terminal, cell_minutes, seeds)
+                    if following is not None:
+                        kernels.prepare(following.modules)
+                    execute(step, run, terminal, cell_minutes, seeds, kernel)
             except BaseException:
                 state.stop(step, cost.minutes)
                 raise
@@ -240,6 +227,13 @@ def run_notebooks(
         costs.save(run)
         _record_costs(run, state, steps)
     return ran
+
+
+def _following(step: Step, later: list[Step], state: State, force: bool) -> Step | None:
+    """The notebook that will probably run after this one and may be prepared beside it."""
+    if step.quiet:
+        return None
+    return next((other for other in later if force or step.name in other.needs or state.reason(other)), None)
 
 
 def _choose(steps: list[Step], only: str, state: State) -> Step:
@@ -267,10 +261,11 @@ def _expected_minutes(project: Project, run: Run, state: State) -> dict[str, flo
 def _record_costs(run: Run, state: State, steps: list[Step]) -> None:
     """Record the minutes and memory of the notebooks, and the totals once all have run."""
     costs = {step.name: state.entries[step.name] for step in steps if state.finished(step.name)}
+    note = partial(write_record, run, seeds=state.seeds, modules=())
     for name, entry in costs.items():
-        write_record(run, f"book.minutes.{name}", entry["minutes"], n=1, unit="minutes", modules=())
+        note(f"book.minutes.{name}", entry["minutes"], n=1, unit="minutes")
     if len(costs) == len(steps):
         minutes = sum(entry["minutes"] for entry in costs.values())
         memory = max(entry["memory_gb"] for entry in costs.values())
-        write_record(run, "book.minutes", minutes, n=len(costs), unit="minutes", modules=())
-        write_record(run, "book.peak_memory_gb", memory, n=len(costs), unit="GB", modules=())
+        note("book.minutes", minutes, n=len(costs), unit="minutes")
+        note("book.peak_memory_gb", memory, n=len(costs), unit="GB")

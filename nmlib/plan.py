@@ -142,18 +142,25 @@ def folded(model: ModelConfig, inputs: int, outputs: int) -> bool:
     return not model.lora_dropout and lora.folds(model.lora_rank, inputs, outputs)
 
 
-def linear_flops(model: ModelConfig, inputs: int, outputs: int, length: int, backward: bool) -> int:
-    """Operations of a linear layer with LoRA on one sequence; backward through frozen weights costs half."""
-    weight, pair = 2 * length * inputs * outputs, 2 * length * model.lora_rank * (inputs + outputs)
+def linear_flops(model: ModelConfig, inputs: int, outputs: int, tokens: int, backward: bool) -> int:
+    """Operations of a linear layer with LoRA in one pass; backward through frozen weights costs half."""
+    weight, pair = 2 * tokens * inputs * outputs, 2 * tokens * model.lora_rank * (inputs + outputs)
     if not folded(model, inputs, outputs):
         return weight + (2 if backward else 1) * pair
     return (2 if backward else 1) * (weight + 2 * model.lora_rank * inputs * outputs)
 
 
-def llm_flops(model: ModelConfig, length: int, backward: bool = False) -> int:
-    """Operations of LLaMA with LoRA on one sequence, without the head."""
-    attention = (2 if backward else 1) * 4 * length**2 * model.hidden_size
-    linears = sum(linear_flops(model, *shape, length, backward) for shape in lora_shapes(model))
+def llm_flops(model: ModelConfig, length: int, backward: bool = False, rows: int = 1) -> int:
+    """Operations of LLaMA with LoRA, without the head, in a pass over sequences of one length.
+
+    Args:
+        model: sizes.
+        length: tokens of a sequence.
+        backward: of the backward pass, else of the forward pass.
+        rows: sequences.
+    """
+    attention = (2 if backward else 1) * 4 * rows * length**2 * model.hidden_size
+    linears = sum(linear_flops(model, *shape, rows * length, backward) for shape in lora_shapes(model))
     return model.layers * (linears + attention)
 
 

@@ -72,9 +72,10 @@ def pass_flops(settings: ModelConfig, layout: Layout, vocabulary: int, trainable
     rows, length = layout.input_ids.shape
     head = 2 * int((layout.labels != IGNORE).sum()) * settings.hidden_size * vocabulary
     if trainable == "all":
-        forward = rows * llm_flops(settings.model_copy(update={"lora_rank": 0}), length)
+        forward = llm_flops(settings.model_copy(update={"lora_rank": 0}), length, rows=rows)
         return forward + head, 2 * (forward + head)
-    return rows * llm_flops(settings, length) + head, rows * llm_flops(settings, length, backward=True) + 2 * head
+    there, back = (llm_flops(settings, length, backward, rows) for backward in (False, True))
+    return there + head, back + 2 * head
 
 
 def longest_conversations(params: Params, stage: StageConfig) -> list[Conversation]:

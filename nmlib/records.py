@@ -84,7 +84,7 @@ def write_record(
         seeds: over how many training seeds.
         unit: for example `share` or `dB`.
         minutes: what the measurement took.
-        command: what measures it again; by default the run of these params.
+        command: what measures it again; by default the run of these params with as many seeds.
 
     Returns:
         The record.
@@ -102,7 +102,7 @@ def write_record(
             n=int(n),
             seeds=seeds,
             unit=unit,
-            command=command or f"python -m nmlib run --params {run.name}",
+            command=command or f"python -m nmlib run --params {run.name}" + (f" --seeds {seeds}" if seeds > 1 else ""),
             modules=tuple(modules),
             params_hash=run.digest,
             library_hash=runtime.library_digest(*modules),

@@ -35,6 +35,8 @@ class Step:
         source: hash of its cells.
         library: hash of the library code it uses.
         needs: names of the notebooks whose artefacts it may read.
+        modules: of the library that it imports.
+        quiet: whether it measures times, so that nothing may be done beside it.
         about: block of the params file without which it has nothing to show, for example `people`; None for none.
             With a `seedx` block, the models and data of the other notebooks are not those that the file describes.
     """
@@ -43,6 +45,8 @@ class Step:
     source: str
     library: str
     needs: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    quiet: bool = False
     about: str | None = None
 
     def applies(self, params: Params) -> bool:
@@ -81,6 +85,7 @@ def read_step(path: Path, names: Sequence[str]) -> Step:
     Args:
         path: the notebook. Its metadata may list the numbers of those it needs, and the block of the params file
             that it is about: `nmlib: {needs: ["02"], about: "people"}`.
+            One that measures times says `quiet: true`.
         names: names of all notebooks; without a list it needs all whose names come before its own.
 
     Raises:
@@ -96,7 +101,8 @@ def read_step(path: Path, names: Sequence[str]) -> Step:
         [cell.cell_type, cell.source, {k: v for k, v in cell.metadata.items() if k not in _NOISE}]
         for cell in notebook.cells
     ]
-    listed = notebook.metadata.get("nmlib", {}).get("needs")
+    told = notebook.metadata.get("nmlib", {})
+    listed = told.get("needs")
     others = [name for name in names if name != path.stem]
     if listed is None:
         needs = [name for name in others if name < path.stem]
@@ -105,7 +111,8 @@ def read_step(path: Path, names: Sequence[str]) -> Step:
         if len(needs) != len(listed):
             raise RunError(f"{path}: metadata nmlib.needs lists {listed}; the other notebooks are {others}")
     library = runtime.library_digest(*modules) if modules else ""
-    return Step(path, _digest(cells), library, tuple(needs), notebook.metadata.get("nmlib", {}).get("about"))
+    quiet = bool(told.get("quiet"))
+    return Step(path, _digest(cells), library, tuple(needs), tuple(modules), quiet, told.get("about"))
 
 
 def _plain_python(source: str) -> str:

@@ -14,6 +14,7 @@ from nmlib import bench, config, plan_stages, speed_plots, throughput, workloads
 from nmlib import records as stored_records
 from nmlib.bench_setup import QUICK, Bench, Sizes, tokens_of
 from nmlib.prefix_cache import PrefixCache
+from nmlib.products import products
 from nmlib.runtime import RunError
 from nmlib.throughput import compile_layers, noise_batch
 from nmlib.timing import Task, exponent, measure, summary
@@ -67,6 +68,18 @@ def test_limits_in_the_report(report: bench.Report) -> None:
     assert report.result("queries.ratio").limit == QUICK.queries
     assert report.result("growth.cached").limit == 0.0
     assert 0.3 < (report.result("growth.plain").limit or 0) < 1.2, "tokens grow linearly, but for the ends"
+
+
+@pytest.mark.parametrize(("rank", "limit"), [(3, 1.0), (9, (4 * (1152 + 27 * 48) + 3 * (2112 + 27 * 68)) / 16416)])
+def test_limit_of_folding_by_hand(rank: int, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers of 24 x 24 and three of 24 x 44: at rank 3 A and B apart are less work, at rank 9 none is."""
+    model = PARAMS.model.model_copy(update={"lora_rank": rank})
+    assert (model.hidden_size, model.intermediate_size) == (24, 44)
+    maker = Bench(PARAMS.model_copy(update={"model": model}), QUICK, repeats=1, warmup=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    products(maker)
+    found = {result.id: result.limit for result in maker.results}
+    assert found == {"products.attention": None, "products.lora": pytest.approx(limit)}
 
 
 def test_bytes_are_those_of_the_new_tokens(report: bench.Report) -> None:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from toy import FEATURES, TOKENS, conversations, make_model, random_features, random_tree
 
+from nmlib import attention
 from nmlib.conversation import Conversation
 from nmlib.layout import IGNORE, Layout, Template
 from nmlib.mllm import HistoryMLLM
+from nmlib.train import repeat_forward_passes
 
 Case = tuple[HistoryMLLM, Template, list[Conversation], Tensor]
 PLAIN: dict[str, Any] = {"markers": False, "response": "polite"}
@@ -340,6 +342,35 @@ def test_noise_goes_into_the_history_and_not_into_the_targets() -> None:
     )
     batch = template.packed(pair)
     assert model(batch, features, history_noise=0.5).image != model(batch, features).image
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the attention of training
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["kept", "repeated"])
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_a_step_with_products_is_a_step_with_the_fused_kernel(bfloat16: bool, repeated: bool) -> None:
+    """Losses and every gradient, with LoRA that folds, also where layers repeat their forward pass."""
+    found = {}
+    for name in (attention.LANGUAGE, "sdpa"):
+        model, template = make_model(10, lora_rank=19)
+        model.add_lora()
+        with torch.no_grad():  # B starts at zero, and A would have no gradient
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        model.base_llm.set_attn_implementation(name)
+        if repeated:
+            repeat_forward_passes(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model.train()(template.packed(conversations()), random_features(2, 4)).total
+        loss.backward()
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        found[name] = {"loss": loss.detach()} | gradients
+    close = {"rtol": 0.1, "atol": 0.05} if bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(found[attention.LANGUAGE], found["sdpa"], **close)
+    assert any("lora_A" in name for name in found["sdpa"])
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -8,14 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import nbformat
+import psutil
 import pytest
 from conftest import FIRST, SECOND, write_notebook
+from nbclient.exceptions import DeadKernelError
 
 from nmlib import pipeline, records, runtime
-from nmlib.pipeline import Project, run_notebooks
+from nmlib.kernels import Kernel, Kernels
+from nmlib.pipeline import Cost, Project, run_notebooks
 from nmlib.runtime import Run, RunError
 from nmlib.steps import State, Step
 from nmlib.terminal import Terminal
@@ -26,11 +30,31 @@ def project(project_root: Path) -> Project:
     return Project(project_root)
 
 
+class NoKernels:
+    """In the place of `Kernels`: what would have been prepared is noted."""
+
+    prepared: ClassVar[list[tuple[str, ...]]] = []
+
+    def __init__(self, folder: Path) -> None:
+        self.prepared.clear()
+
+    def __enter__(self) -> "NoKernels":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def take(self) -> SimpleNamespace:
+        return SimpleNamespace(pid=os.getpid())
+
+    def prepare(self, modules: tuple[str, ...]) -> None:
+        self.prepared.append(modules)
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run notebooks inside this process: the rules are the same and nothing has to start."""
 
-    def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds: int) -> None:
+    def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds: int, kernel: object) -> None:
         code = [cell.source for cell in nbformat.read(step.path, as_version=4).cells if cell.cell_type == "code"]
         names: dict[str, Any] = {"params": str(run.path("params.yaml")), "run": str(run.folder), "seeds": seeds}
         for source in code[1:]:
@@ -38,6 +62,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         run.path("chapters", step.path.name).write_text("executed")
 
     monkeypatch.setattr(pipeline, "execute", execute)
+    monkeypatch.setattr(pipeline, "Kernels", NoKernels)
 
 
 @pytest.fixture
@@ -229,8 +254,91 @@ def test_project_is_found_from_below(project: Project, tmp_path_factory: pytest.
         Project.find(tmp_path_factory.mktemp("elsewhere"))
 
 
+def test_the_kernel_of_the_notebook_that_follows_is_prepared(go: Callable[..., list[str]], project: Project) -> None:
+    second, prepared = project.root / "notebooks" / "02_two.ipynb", NoKernels.prepared
+    write_notebook(second, "Two", SECOND + "from nmlib import measured, runtime")
+    go()
+    assert prepared == [("measured", "runtime")], "nothing follows the second"
+    go()
+    assert prepared == [], "everything is up to date"
+    write_notebook(second, "Two, said better", SECOND)
+    go()
+    assert prepared == [], "nothing runs before the second"
+    go(force=True)
+    assert prepared == [()], "it imports nothing of the library"
+
+
+def test_nothing_is_prepared_beside_a_notebook_that_measures_times(
+    go: Callable[..., list[str]], project: Project
+) -> None:
+    path = project.root / "notebooks" / "01_one.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["nmlib"] = {"needs": [], "quiet": True}
+    nbformat.write(notebook, path)
+    assert go() == ["01_one", "02_two"] and NoKernels.prepared == []
+
+
 # ---------------------------------------------------------------------------------------------------------
 # real processes
+
+
+def test_a_run_of_no_notebook_is_up_to_date(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Step, "applies", lambda *_: False)
+    assert run_notebooks(project, project.open("tiny")) == []
+
+
+def test_memory_is_that_of_the_process_watched() -> None:
+    """Not of others that were started beside it."""
+    code = "import time; held = bytearray(400 * 2**20); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code]) as beside:
+        watched = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+        with Cost(watched.pid, every=0.05) as cost:
+            watched.wait()
+        beside.kill()
+    assert 0 < cost.memory_gb < 0.2 and cost.minutes > 0
+
+
+@pytest.mark.parametrize("fault", [OSError("no port is free"), KeyboardInterrupt()])
+def test_no_kernel_is_left_where_preparing_the_next_fails(
+    project: Project, fault: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*_: object) -> None:
+        assert len(kernels_below()) == 1
+        raise fault
+
+    monkeypatch.setattr(Kernels, "prepare", prepare)
+    with pytest.raises(type(fault)):
+        run_notebooks(project, project.open("tiny"))
+    assert not kernels_below()
+
+
+def test_a_kernel_that_does_not_answer_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute_notebook(*_: object, **__: object) -> None:
+        raise RuntimeError("Kernel didn't respond in 60 seconds")
+
+    monkeypatch.setattr(pipeline.papermill, "execute_notebook", execute_notebook)
+    with pytest.raises(RunError, match=r"01_one\.ipynb: its process did not start \(Kernel didn't respond"):
+        run_notebooks(project, project.open("tiny"))
+
+
+def test_a_failed_run_leaves_no_kernel_that_waits(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[bool] = []
+
+    def execute_notebook(*_: object, km: Kernel, **__: object) -> None:
+        waiting.extend(process.is_running() for process in kernels_below())
+        raise DeadKernelError("gone")
+
+    monkeypatch.setattr(pipeline.papermill, "execute_notebook", execute_notebook)
+    with pytest.raises(RunError, match="its process died"):
+        run_notebooks(project, project.open("tiny"))
+    assert waiting == [True, True], "one runs the notebook, one is prepared for the next"
+    assert not kernels_below()
+
+
+def kernels_below() -> list[psutil.Process]:
+    """Kernels that this process started and that have not ended."""
+    below = psutil.Process().children(recursive=True)
+    return [child for child in below if any("ipykernel" in word for word in child.cmdline())]
 
 
 def test_real_run(project: Project, capfd: pytest.CaptureFixture[str]) -> None:

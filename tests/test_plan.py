@@ -31,7 +31,6 @@ def tuned(settings: ModelConfig, dtype: torch.dtype = torch.float32) -> SeedX:
     torch.manual_seed(0)
     agent = SeedX(seedx_toy.settings(model=settings))
     agent.add_lora()
-    agent.base_llm.set_attn_implementation("sdpa")  # fused, as on the card that is planned for
     return agent.to(dtype).train()
 
 
@@ -94,9 +93,15 @@ def test_operations_of_the_language_model(rank: int) -> None:
     agent = tuned(settings)
     forward = counted(lambda: read(agent))
     both = counted(lambda: read(agent).sum().backward())
-    once = 0 if rank == 3 else 3 * (BATCH - 1) * 2 * rank * (4 * 48 * 48 + 3 * 48 * 116)  # sums of weights, not per row
-    assert forward == BATCH * plan.llm_flops(settings, LENGTH) - once
-    assert both - forward == BATCH * plan.llm_flops(settings, LENGTH, backward=True) - 2 * once
+    assert forward == plan.llm_flops(settings, LENGTH, rows=BATCH)
+    assert both - forward == plan.llm_flops(settings, LENGTH, backward=True, rows=BATCH)
+
+
+def test_sums_of_weights_are_made_once_a_pass() -> None:
+    folded, plain = model(5, rank=FOLDED), model(5)
+    sums = 5 * 2 * FOLDED * (4 * 48 * 48 + 3 * 48 * 116)
+    assert 7 * plan.llm_flops(folded, 10) - plan.llm_flops(folded, 10, rows=7) == 6 * sums
+    assert 7 * plan.llm_flops(plain, 10) == plan.llm_flops(plain, 10, rows=7)
 
 
 def test_operations_of_resampler_and_encoder() -> None:

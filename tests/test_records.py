@@ -30,6 +30,7 @@ def test_round_trip(run: Run) -> None:
     assert record.params_hash == run.digest
     assert record.library_hash == runtime.library_digest(*MODULES)
     assert record.command == "python -m nmlib run --params tiny"
+    assert write(run, seeds=3).command == "python -m nmlib run --params tiny --seeds 3"
 
 
 def test_scalars_of_other_libraries_become_plain_numbers(run: Run) -> None:

@@ -321,6 +321,21 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights(tmp_path: Path) -> No
     assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
+def test_on_a_cpu_attention_is_not_fused(tmp_path: Path) -> None:
+    """Neither forward nor, where layers repeat it, backward."""
+    seen = []
+
+    class Spy(Line):
+        def forward(self, x: Tensor) -> Squared:
+            seen.append(torch.backends.cuda.flash_sdp_enabled())
+            losses = super().forward(x)
+            losses.total.register_hook(lambda _: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+            return losses
+
+    fit(Spy(), batch_at, OPTIM.model_copy(update={"steps": 1}), tmp_path, seed=3)
+    assert seen == [False, False] and torch.backends.cuda.flash_sdp_enabled()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # learning
 
