@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def test_a_kernel_that_died_while_it_waited_is_not_taken(tmp_path: Path) -> None
         waiting = kernels._waiting
         assert waiting is not None
         psutil.Process(waiting.pid).kill()
+        while waiting.lives():  # until the system has taken note
+            time.sleep(0.01)
         taken = kernels.take()
         assert taken is not waiting and answers(taken, tmp_path, "print(6 * 7)") == "42"
 

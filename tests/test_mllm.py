@@ -355,6 +355,7 @@ def test_a_step_with_products_is_a_step_with_the_fused_kernel(bfloat16: bool, re
     found = {}
     for name in (attention.LANGUAGE, "sdpa"):
         model, template = make_model(10, lora_rank=19)
+        torch.manual_seed(2)
         model.add_lora()
         with torch.no_grad():  # B starts at zero, and A would have no gradient
             for key, parameter in model.named_parameters():
@@ -368,8 +369,9 @@ def test_a_step_with_products_is_a_step_with_the_fused_kernel(bfloat16: bool, re
         loss.backward()
         gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         found[name] = {"loss": loss.detach()} | gradients
-    close = {"rtol": 0.1, "atol": 0.05} if bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
-    torch.testing.assert_close(found[attention.LANGUAGE], found["sdpa"], **close)
+    for key, expected in found["sdpa"].items():
+        difference = (found[attention.LANGUAGE][key] - expected).norm() / expected.norm().clamp_min(1e-3)
+        assert difference < (0.15 if bfloat16 else 1e-4), key  # bfloat16 rounds both, each in its own way
     assert any("lora_A" in name for name in found["sdpa"])
 
 
