@@ -168,7 +168,8 @@ def test_records_name_what_measures_them_again(report: bench.Report, tmp_path: P
     assert len(found) == len(report.results)
     one = found["bench.queries.ratio"]
     assert one.command == "python -m nmlib bench --params toy --only queries --repeats 2" and one.n == 2
-    assert one.value == report.result("queries.ratio").value
+    assert one.value == report.result("queries.ratio").value and one.limit == QUICK.queries
+    assert found["bench.latency.early"].limit is None, "a time has none"
     lines = bench.table(report).splitlines()
     assert len(lines) == len(found) + 1 and lines[-1].endswith("untrained weights")
 

@@ -14,7 +14,7 @@ from toy import FEATURES, MAX_ROUNDS, SOURCE, TOKENS, conversations, draw, raise
 from nmlib import answer as answering
 from nmlib.answer import MAX_REPLY, Choose, answer, foresee
 from nmlib.cache import CacheError, TokenCache
-from nmlib.chat import ChatSession, history_policy, rollout
+from nmlib.chat import HELP, ChatSession, history_policy, repl, rollout
 from nmlib.conversation import Conversation, ConversationError, from_picture, to_picture
 from nmlib.layout import BOI
 from nmlib.prefix_cache import PrefixCache
@@ -459,3 +459,34 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
     text = raised(lambda: empty.upload(tmp_path / "huge.png"), ConversationError)
     assert text == f"{tmp_path / 'huge.png'}: image is 8000 x 8001; at most 64000000 pixels"
     assert len(empty.tokens) == 0 and SOURCE.image_size == SYSTEM.image_size
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the terminal
+
+
+@pytest.mark.parametrize("end", ["/quit", None], ids=["quit", "end of input"])
+def test_a_talk_on_the_terminal(
+    end: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every line is answered with the current picture, a wrong one also with its error; after the end none is read."""
+    talk = ChatSession(SYSTEM, choose=saying("red square #1 to #2"))
+    talk.upload(picture())
+    lines = ["make it red", " /undo ", "/go 9", "/branch 0 make it round", "/tree", "/help", end, "never said"]
+    coming = iter(lines)
+
+    def typed(_: str) -> str:
+        line = next(coming)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    repl(talk, tmp_path / "drawn")
+    assert list(coming) == ["never said"]
+    out = capsys.readouterr().out.splitlines()
+    shown = [int(line[1]) for line in out if line.startswith("[")]
+    assert shown == [0, 1, 0, 0, 2, 2, 2]
+    assert out[0] == out[-2] == HELP and sum("9" in line and not line.startswith("[") for line in out) == 1
+    assert [line[:11] for line in out if " after " in line] == ["  0 after N", "  1 after 0", "  2 after 0"]
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["000.png", "001.png", "002.png"]

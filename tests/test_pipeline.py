@@ -216,6 +216,10 @@ def test_costs_become_records(go: Callable[..., list[str]], project: Project) ->
     assert found["book.minutes"].value == pytest.approx(parts)
     assert found["book.peak_memory_gb"].unit == "GB"
     assert found["book.minutes"].library_hash == runtime.library_digest()
+    go(seeds=3)
+    found = records.read_records(project.root / "runs" / "tiny")
+    assert {record.seeds for id_, record in found.items() if id_.startswith("book.")} == {3}
+    assert found["book.minutes"].command == "python -m nmlib run --params tiny --seeds 3"
 
 
 def test_costs_are_of_the_code_that_had_them(
@@ -333,6 +337,21 @@ def test_a_failed_run_leaves_no_kernel_that_waits(project: Project, monkeypatch:
         run_notebooks(project, project.open("tiny"))
     assert waiting == [True, True], "one runs the notebook, one is prepared for the next"
     assert not kernels_below()
+
+
+def test_the_kernel_of_a_notebook_ends_with_it(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many notebooks there are, one kernel runs and one waits."""
+    counts: list[int] = []
+
+    def execute_notebook(source: str, target: str, **_: object) -> None:
+        Path(target).write_text("executed")
+        counts.append(len(kernels_below()))
+
+    monkeypatch.setattr(pipeline.papermill, "execute_notebook", execute_notebook)
+    monkeypatch.setattr(pipeline.costs, "save", lambda _: None)
+    write_notebook(project.root / "notebooks" / "03_three.ipynb", "Three", "three = 3")
+    assert run_notebooks(project, project.open("tiny")) == ["01_one", "02_two", "03_three"]
+    assert counts == [2, 2, 1]
 
 
 def kernels_below() -> list[psutil.Process]:
