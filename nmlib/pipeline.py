@@ -155,6 +155,8 @@ def execute(step: Step, run: Run, terminal: Terminal, cell_minutes: float, seeds
         raise RunError(f"{where}: a cell ran longer than {cell_minutes:g} minutes; raise --cell-minutes") from None
     except DeadKernelError:
         raise RunError(f"{where}: its process died; the usual cause is too little memory") from None
+    except RunError:  # a full disk has its own words
+        raise
     except RuntimeError as error:  # what nbclient says of a kernel that does not answer
         raise RunError(f"{where}: its process did not start ({error})") from None
     finally:

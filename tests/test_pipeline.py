@@ -1,6 +1,7 @@
 """The ordered run: what runs again and what is skipped, failures and interruptions, costs."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -323,6 +324,18 @@ def test_a_kernel_that_does_not_answer_is_one_line(project: Project, monkeypatch
     monkeypatch.setattr(pipeline.papermill, "execute_notebook", execute_notebook)
     with pytest.raises(RunError, match=r"01_one\.ipynb: its process did not start \(Kernel didn't respond"):
         run_notebooks(project, project.open("tiny"))
+
+
+def test_a_full_disk_is_not_blamed_on_the_kernel(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute_notebook(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline.papermill, "execute_notebook", execute_notebook)
+    with pytest.raises(RunError) as caught:
+        run_notebooks(project, project.open("tiny"))
+    chapter = project.root / "runs" / "tiny" / "chapters" / "01_one.ipynb"
+    assert str(caught.value) == f"{chapter}: the disk is full; free some space and run again, finished work is kept"
+    assert not kernels_below()
 
 
 def test_a_failed_run_leaves_no_kernel_that_waits(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
