@@ -267,8 +267,8 @@ def markov_ceiling(source: Source, conversation: Conversation, index: int) -> fl
     The base is `depth` random edits away from the last picture. The policy knows how conversations are drawn. A
     reference by content also tells it which attribute the oldest of these edits changed, perhaps that no edit in
     between did, perhaps to which value (the best of these readings counts, so the ceiling is never too low). A new
-    edit makes its attribute known, and says that the base had another value there. Computed by enumeration over all
-    states.
+    edit makes its attribute known, and says that the base had another value there. Of `relative` attributes the start
+    is known too, and bases near it are likelier. Computed by enumeration over all states.
 
     Args:
         source: gives the number of values of each attribute.
@@ -286,7 +286,18 @@ def markov_ceiling(source: Source, conversation: Conversation, index: int) -> fl
         readings = [_walk_from(last, sizes, [*steps, place]) for steps in between]
         value = source.attributes[place].values.index(named.value)
         readings.append(_before(_walk_from(last, sizes, between[1]), place, value))
-    return max(_best_guess(source, item, probability) for probability in readings)
+    prior = _prior(source, item.base or 0)
+    return max(_best_guess(source, item, probability * prior) for probability in readings)
+
+
+def _prior(source: Source, edits: int) -> Tensor:
+    """Probabilities of states after edits of a picture that was brought: uniform but for `relative` attributes.
+
+    Returns:
+        Weights that broadcast against states, of size 1 along the attributes of which nothing is known.
+    """
+    unknown = [place for place, attribute in enumerate(source.attributes) if not attribute.relative]
+    return walk_distribution(attribute_sizes(source), [None] * edits).sum(unknown, keepdim=True)
 
 
 def _walk_from(state: Sequence[int], sizes: Sequence[int], steps: Sequence[int | None]) -> Tensor:
@@ -309,8 +320,10 @@ def _before(probability: Tensor, place: int, value: int) -> Tensor:
 
 
 def _best_guess(source: Source, item: Round, probability: Tensor) -> float:
+    """The likeliest result's share, of weights over the states of the base."""
     if item.edit is None:
-        return float(probability.max())
+        total = float(probability.sum())
+        return float(probability.max()) / total if total else 0.0  # a reading that the start rules out
     place = attribute_index(source, item.edit.attribute)
     wanted = source.attributes[place].values.index(item.edit.value)
     allowed = [value for value in range(probability.shape[place]) if value != wanted]

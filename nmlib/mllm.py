@@ -262,6 +262,7 @@ class HistoryMLLM(nn.Module):
         """Image features at the query slots and logits at the supervised text slots."""
         layout, history = layout.to(self.device), history.to(self.device)
         embeds, mask = self.embed(layout, history), layout.attention_mask()
+        implementation = self.base_llm.config._attn_implementation
         if output_attentions:  # only the eager path keeps them, and its mask is added to the scores
             mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
             self.base_llm.set_attn_implementation("eager")
@@ -275,7 +276,7 @@ class HistoryMLLM(nn.Module):
             )
         finally:
             if output_attentions:
-                self.base_llm.set_attn_implementation(attention.LANGUAGE)
+                self.base_llm.set_attn_implementation(implementation)
         hidden_states = result.last_hidden_state  # (B, T, D)
         queries = hidden_states[layout.query_slots].unflatten(0, (-1, self.tokens_per_image))  # (Q, N, D)
         logits = self.base_llm.lm_head(hidden_states[layout.labels != IGNORE])  # (L, V)

@@ -26,7 +26,7 @@ class Record(BaseModel):
         value: the number.
         low: lower end of the 95% interval, if one was computed.
         high: upper end of it.
-        limit: what arithmetic allows at best, where that is known.
+        limit: what the numbers of operations alone would give, where that is known.
         n: how many things were measured.
         seeds: over how many training seeds.
         unit: for example `share`, `dB`, `minutes`; empty where the number has none.
@@ -80,7 +80,7 @@ def write_record(
         n: how many things were measured.
         modules: library modules that made the number, what they import is implied; () is the whole library.
         low, high: the 95% interval, if there is one.
-        limit: what arithmetic allows at best, where that is known.
+        limit: what the numbers of operations alone would give, where that is known.
         seeds: over how many training seeds.
         unit: for example `share` or `dB`.
         minutes: what the measurement took.

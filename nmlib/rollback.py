@@ -263,7 +263,10 @@ def from_chain(chain: Conversation, builder: ConversationBuilder, rng: random.Ra
 def open_conversation(
     source: Source, id_: str, subject: Tensor, rng: random.Random, *, split: str, describe: bool = False
 ) -> Conversation:
-    """A conversation of one round, with a random state of the source.
+    """A conversation of one round, with a random state of the source; of a picture brought, as it is.
+
+    Nobody can tell from a picture of something unknown which way up it was taken. So `relative` attributes of a picture
+    that a person brings have their first value, and all that is asked later has an answer.
 
     Args:
         source: an exact source.
@@ -274,7 +277,10 @@ def open_conversation(
         describe: the picture is made from words rather than brought by the person.
     """
     while True:
-        values = tuple(rng.randrange(len(attribute.values)) for attribute in source.attributes)
+        values = tuple(
+            0 if attribute.relative and not describe else rng.randrange(len(attribute.values))
+            for attribute in source.attributes
+        )
         if split == "any" or not is_heldout_state(values):
             break
     if describe:

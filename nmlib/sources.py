@@ -28,7 +28,8 @@ class Attribute:
             before the blue wall" and, joined by commas, in descriptions. A value with no visible look
             (for example no hat) has phrases such as `"no hat"`.
         relative: no single picture reveals the value for certain, because it is defined against the subject as
-            it first was (a mirrored photograph); a conversation does.
+            it first was (a mirrored photograph). A conversation does: a picture that a person brings is how the subject
+            first was, and has the first value.
         details: value -> clauses that say it of a person asked for by name, for example `"on a blue wall"`; one that
             contains `{name}` opens the sentence. A value without any cannot be said of a person.
     """

@@ -27,6 +27,13 @@ def gradients(mixed: Tensor, of: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((mixed * weights).sum(), of))
 
 
+def count_fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    return calls
+
+
 def test_products_equal_the_fused_kernel_in_value_and_gradient() -> None:
     given = states()
     fused = F.scaled_dot_product_attention(*given, attn_mask=mask(), scale=0.3).transpose(1, 2)  # (B, T, H, D)
@@ -56,12 +63,31 @@ def test_a_row_that_sees_only_itself_gives_its_own_value() -> None:
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_fused_kernel_is_left_where_nothing_is_trained(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    fused = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    calls = count_fused(monkeypatch)
     given = [state.requires_grad_(trained) for state in map(Tensor.detach, states())]
     attention.attend(torch.nn.Module(), *given, mask(), 0.3)
     assert len(calls) == (not trained)
+
+
+def test_a_pass_without_gradients_within_a_training_multiplies_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own history is drawn within a step; the fused kernel is out of reach there."""
+    calls, given = count_fused(monkeypatch), [state.detach() for state in states()]
+    expected, _ = attention.attend(torch.nn.Module(), *given, mask(), 0.3)
+    assert len(calls) == 1
+    with attention.training_attention(torch.device("cpu")):
+        mixed, _ = attention.attend(torch.nn.Module(), *given, mask(), 0.3)
+    assert len(calls) == 1
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_and_biases_are_left_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, given = count_fused(monkeypatch), states()
+    attention.attend(torch.nn.Module(), *given, mask(), 0.3, dropout=0.5)
+    biased, _ = attention.attend(torch.nn.Module(), *given, mask(), 0.3, position_bias=torch.zeros(1, H, T, T))
+    assert len(calls) == 2
+    plain, _ = attention.attend(torch.nn.Module(), *given, mask(), 0.3, dropout=0.0, position_bias=None)
+    assert len(calls) == 2, "no dropout and no bias are no options"
+    torch.testing.assert_close(plain, biased, rtol=1e-5, atol=1e-6)
 
 
 def test_training_attention_multiplies_in_bfloat16_and_puts_everything_back() -> None:

@@ -14,7 +14,7 @@ from nmlib import phrases
 from nmlib.conversation import Conversation, Round
 from nmlib.inspection import Markov, inspect_path
 from nmlib.people import PEOPLE_ATTRIBUTES
-from nmlib.photos import TINT
+from nmlib.photo_edits import TINT
 from nmlib.readers import ReadError
 from nmlib.references import earlier_reference
 from nmlib.storage import save_conversations

@@ -19,6 +19,7 @@ LAYERS = (
         "folder_clips",
         "names",
         "people",
+        "photo_edits",
         "photos",
         "phrases",
         "prompts",

@@ -23,11 +23,11 @@ State = tuple[int, ...]
 
 
 class Two(ToySource):
-    """Two attributes: a ground of 2 values and a square of 3."""
+    """Two attributes: a ground of 2 values, `relative` on request, and a square of 3."""
 
-    def __init__(self) -> None:
+    def __init__(self, relative: bool = False) -> None:
         super().__init__()
-        self.attributes = (self.attributes[1], self.attributes[0])
+        self.attributes = (replace(self.attributes[1], relative=relative), self.attributes[0])
 
 
 TWO = Two()
@@ -250,15 +250,17 @@ def test_ceiling_by_hand(conversation: Conversation, expected: float) -> None:
     assert markov_ceiling(TWO, conversation, len(conversation) - 1) == pytest.approx(expected)
 
 
-def posterior(last: State, depth: int, edit: Edit | None, named: Edit | None) -> float:
+def posterior(
+    last: State, depth: int, edit: Edit | None, named: Edit | None, prior: dict[State, float] | None = None
+) -> float:
     """The best guess by enumeration of every base and every sequence of edits that ends in `last`.
 
-    `named`: the first edit is known to be this one ("before the green square").
+    `named`: the first edit is known to be this one ("before the green square"); `prior`: chances of the bases.
     """
     sizes = attribute_sizes(TWO)
     weight: dict[State, float] = {}
     for base in itertools.product(*[range(size) for size in sizes]):
-        target, chance = list(base), 1.0
+        target, chance = list(base), 1.0 if prior is None else prior.get(base, 0.0)
         if edit is not None:
             place = attribute_index(TWO, edit.attribute)
             value = TWO.attributes[place].values.index(edit.value)
@@ -278,6 +280,32 @@ def posterior(last: State, depth: int, edit: Edit | None, named: Edit | None) ->
             paths = after
         weight[tuple(target)] = weight.get(tuple(target), 0.0) + paths.get(last, 0.0)
     return max(weight.values()) / sum(weight.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), before=st.integers(0, 3), depth=st.integers(1, 3))
+def test_ceiling_where_the_start_is_partly_known(data: st.DataObject, before: int, depth: int) -> None:
+    """Every picture that is brought has the first ground; `before` edits precede the base."""
+    source, sizes = Two(relative=True), attribute_sizes(TWO)
+    first = (0, data.draw(st.integers(0, 2)))
+    prior = {(0, square): 1 / 3 for square in range(3)}
+    for _ in range(before):
+        after: dict[State, float] = {}
+        for state, share in prior.items():
+            for other, part in edits(state, sizes, None):
+                after[other] = after.get(other, 0.0) + share * part
+        prior = after
+    chain: list[Any] = []
+    for _ in range(before + depth):
+        state = asked(*chain, None, base=len(chain), first=first).rounds[-1].values or ()
+        place = data.draw(st.integers(0, 1))
+        options = [v for i, v in enumerate(TWO.attributes[place].values) if i != state[place]]
+        chain.append((TWO.attributes[place].name, data.draw(st.sampled_from(options))))
+    told = asked(*chain, None, base=before, first=first)
+    last = told.rounds[before + depth].values
+    assert last is not None
+    expected = posterior(last, depth, None, None, prior)
+    assert markov_ceiling(source, told, before + depth + 1) == pytest.approx(expected)
 
 
 @settings(max_examples=80, deadline=None)

@@ -236,6 +236,9 @@ def test_attentions_on_request_follow_the_mask_and_change_nothing() -> None:
     output = model.predict(batch, history, output_attentions=True)
     torch.testing.assert_close(output[:2], before[:2], rtol=1e-4, atol=1e-5)
     assert torch.equal(model.predict(batch, history).images, before.images), "the fast path is back"
+    model.base_llm.set_attn_implementation("sdpa")
+    model.predict(batch, history, output_attentions=True)
+    assert model.base_llm.config._attn_implementation == "sdpa", "what was set before is set again"
     assert output.attentions is not None and len(output.attentions) == 2
     hidden = ~batch.attention_mask().expand_as(output.attentions[0])
     assert all((layer[hidden] == 0).all() for layer in output.attentions)

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from nmlib import phrases
-from nmlib.photos import FRAMES, LIGHT_SHARE, PHOTOS, SEPIA, TINT_SHARE, TINTS, Photo, PhotoError, PhotoSource
+from nmlib.photo_edits import FRAMES, LIGHT_SHARE, SEPIA, STEPS, TINT_SHARE, TINTS, apply
+from nmlib.photos import ORDERS, PHOTOS, SMALLEST_CROP, Photo, PhotoError, PhotoSource
 from nmlib.sources import Source, attribute_index, attribute_sizes
 
 SIZE = 48
@@ -97,7 +98,7 @@ def test_whole_photograph_is_the_file_pixel_by_pixel() -> None:
     """The astronaut is 512 pixels square, so the crop of size 1 at 512 pixels is the file itself."""
     file = Path(skimage.__file__).parent / "data" / "astronaut.png"
     expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)  # (3, H, W)
-    picture = draw(PhotoSource(512), torch.tensor([[0.0, 0.0, 0.0, 1.0]]))[0]
+    picture = draw(PhotoSource(512), torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0]]))[0]
     assert torch.equal((picture * 255).round().to(torch.uint8), expected)
 
 
@@ -194,6 +195,32 @@ def test_splits_share_no_photograph(source: PhotoSource) -> None:
     assert not drawn["train"] & drawn["heldout"]
 
 
+def test_only_crops_to_train_on_are_close_and_recoloured(source: PhotoSource) -> None:
+    for split, smallest in SMALLEST_CROP.items():
+        subjects = source.sample_subjects(200, split, torch.Generator().manual_seed(5))
+        assert smallest <= subjects[:, 3].min() < smallest + 0.1
+        assert set(subjects[:, 4].tolist()) == set(range(len(ORDERS) if split == "train" else 1))
+
+
+def test_an_order_swaps_the_channels_before_the_edits(source: PhotoSource, subjects: Tensor) -> None:
+    own, swapped = subjects.clone(), subjects.clone()
+    own[:, 4], swapped[:, 4] = 0, ORDERS.index((2, 0, 1))
+    plain = draw(source, own)[:, [2, 0, 1]]
+    assert torch.equal(draw(source, swapped), plain)
+    luma = (plain * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
+    torch.testing.assert_close(draw(source, swapped, tone="black and white")[:, 0], luma, atol=1 / 255, rtol=0)
+
+
+def test_pictures_made_before_change_nothing(source: PhotoSource) -> None:
+    """States share their first steps; sharing gives what every state gives alone."""
+    made: dict[tuple[str, ...], Image.Image] = {}
+    image = source.photos[0].load().resize((SIZE, SIZE))
+    for row in random_values(source, 40, seed=6).tolist():
+        values = {item.name: item.values[value] for item, value in zip(source.attributes, row, strict=True)}
+        assert apply(image, values, made).tobytes() == apply(image, values).tobytes()
+    assert len(made) < 40 * len(STEPS), "nothing was shared"
+
+
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("a connection was opened")
@@ -229,16 +256,19 @@ def test_phrases_are_clean_and_unique(source: PhotoSource) -> None:
         (lambda source: source.sample_subjects(1, "test", torch.Generator()), "split 'test': expected one of 'train'"),
         (lambda source: source.sample_subjects(-1, "train", torch.Generator()), "count -1: expected 0 or more"),
         (lambda _: PhotoSource(8), "image_size 8: expected at least 16"),
-        (lambda source: draw(source, torch.zeros(2, 3)), r"subjects \(2, 3\) and values \(2, 7\): expected \(B, 4\)"),
-        (lambda source: draw(source, torch.tensor([[7.0, 0.0, 0.0, 1.0]])), "subject 0 is .* a photo from 0 to 6"),
-        (lambda source: draw(source, torch.tensor([[0.5, 0.0, 0.0, 1.0]])), "subject 0 is .* a photo from 0 to 6"),
+        (lambda source: draw(source, torch.zeros(2, 3)), r"subjects \(2, 3\) and values \(2, 7\): expected \(B, 5\)"),
+        (lambda source: draw(source, torch.tensor([[8.0, 0.0, 0.0, 1.0, 0.0]])), "subject 0 is .* a photo from 0 to 7"),
+        (lambda source: draw(source, torch.tensor([[0.5, 0.0, 0.0, 1.0, 0.0]])), "subject 0 is .* a photo from 0 to 7"),
         (
-            lambda source: draw(source, torch.tensor([[0.0, torch.nan, 0.0, 1.0]])),
+            lambda source: draw(source, torch.tensor([[0.0, torch.nan, 0.0, 1.0, 0.0]])),
             "subject 0 is .* x and y from 0 to 1",
         ),
-        (lambda source: draw(source, torch.tensor([[0.0, 0.0, 0.0, 0.5]])), "a size from 0.625 to 1"),
+        (lambda source: draw(source, torch.tensor([[0.0, 0.0, 0.0, 0.2, 0.0]])), "a size from 0.25 to 1"),
+        (lambda source: draw(source, torch.tensor([[0.0, 0.0, 0.0, 1.0, 6.0]])), "an order from 0 to 5"),
         (
-            lambda source: source.render(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.tensor([[0, 0, 4, 0, 0, 0, 0]])),
+            lambda source: source.render(
+                torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0]]), torch.tensor([[0, 0, 4, 0, 0, 0, 0]])
+            ),
             r"values of picture 0: 'turn' is 4, expected 0 to 3 \(upright, left, right, upside down\)",
         ),
     ],

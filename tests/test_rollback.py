@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toy import SOURCE, conversations, make_round, raised
+from toy import SOURCE, ToySource, conversations, make_round, raised
 
 from nmlib import phrases, rollback
 from nmlib.config import DataConfig
@@ -47,6 +47,30 @@ def chain(rounds: int, seed: int = 0, source: Source = SOURCE) -> Conversation:
     while len(conversation) < rounds:
         conversation = made.edit(conversation, len(conversation) - 1, rng)
     return conversation
+
+
+class Turned(ToySource):
+    """The toy source with a first attribute that no single picture reveals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attributes = (replace(self.attributes[0], relative=True), *self.attributes[1:])
+
+
+def test_a_picture_that_is_brought_is_as_it_was_taken() -> None:
+    """What no picture reveals has its first value there; a picture made from words may have any."""
+    source, first = Turned(), dict[bool, set[int]]()
+    for describe in (False, True):
+        opened = [
+            rollback.open_conversation(
+                source, "x", torch.tensor([0.1, 0.2]), random.Random(seed), split="any", describe=describe
+            )
+            for seed in range(60)
+        ]
+        states = [values for conversation in opened if (values := conversation.rounds[0].values)]
+        first[describe] = {values[0] for values in states}
+        assert {values[1] for values in states} == set(range(len(source.attributes[1].values)))
+    assert first == {False: {0}, True: set(range(len(source.attributes[0].values)))}
 
 
 # ---------------------------------------------------------------------------------------------------------
