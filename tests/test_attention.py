@@ -80,6 +80,14 @@ def test_a_pass_without_gradients_within_a_training_multiplies_too(monkeypatch: 
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_after_a_training_that_failed_the_fused_kernel_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, given = count_fused(monkeypatch), [state.detach() for state in states()]
+    with pytest.raises(RuntimeError, match="stop"), attention.training_attention(torch.device("cpu")):
+        raise RuntimeError("stop")
+    attention.attend(torch.nn.Module(), *given, mask(), 0.3)
+    assert len(calls) == 1
+
+
 def test_dropout_and_biases_are_left_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, given = count_fused(monkeypatch), states()
     attention.attend(torch.nn.Module(), *given, mask(), 0.3, dropout=0.5)
