@@ -236,8 +236,8 @@ def retrieval_chance(source: Source, conversation: Conversation, index: int) -> 
 def walk_distribution(sizes: Sequence[int], steps: Sequence[int | None]) -> Tensor:
     """Where a random walk over states is, relative to its start, after the given steps.
 
-    Each step changes one attribute to another value, uniformly. By symmetry it does not matter whether the
-    walk runs forward or back, so this is also the posterior of the state k rounds ago given the last one.
+    Each step changes one attribute to another value, uniformly. A walk back is as likely as the walk there; so where
+    all states are alike at first, this is also how likely each was k rounds ago, given the last one.
 
     Args:
         sizes: number of values of each attribute.
@@ -253,22 +253,19 @@ def walk_distribution(sizes: Sequence[int], steps: Sequence[int | None]) -> Tens
             places = list(range(len(sizes)))
         else:
             places = [known] if known >= 0 else [p for p in range(len(sizes)) if p != -1 - known]
-        moved = torch.zeros_like(probability)
-        for place in places:
-            total = probability.sum(place, keepdim=True)
-            moved += (total - probability) / (sizes[place] - 1) / len(places)
-        probability = moved
+        probability = _step(probability, places) / len(places)
     return probability
 
 
 def markov_ceiling(source: Source, conversation: Conversation, index: int) -> float:
     """The best chance of a policy that sees only the last picture and the instruction to hit the exact state.
 
-    The base is `depth` random edits away from the last picture. The policy knows how conversations are drawn. A
-    reference by content also tells it which attribute the oldest of these edits changed, perhaps that no edit in
-    between did, perhaps to which value (the best of these readings counts, so the ceiling is never too low). A new
-    edit makes its attribute known, and says that the base had another value there. Of `relative` attributes the start
-    is known too, and bases near it are likelier. Computed by enumeration over all states.
+    The policy knows how conversations are drawn, and which round is the base: `depth` random edits lie between it and
+    the last picture. A new edit makes its attribute known, and says that the base had another value there. A reference
+    by content says more of the edit after the base: that nothing else changed its attribute ("before you changed the
+    wall"), or that no picture before had its value and no other edit set it ("the one before the blue wall"). Which of
+    both was said is not kept; the better counts. Of a picture that was brought, `relative` attributes are known.
+    Computed by enumeration over all states.
 
     Args:
         source: gives the number of values of each attribute.
@@ -276,47 +273,65 @@ def markov_ceiling(source: Source, conversation: Conversation, index: int) -> fl
         index: the rollback round.
     """
     item, depth, sizes = conversation.rounds[index], conversation.depth(index), attribute_sizes(source)
-    last = _truth(conversation, index - 1)[0]
-    named = conversation.rounds[item.base + 1].edit if item.reference == "content" and item.base is not None else None
+    base, every = index - 1 - depth, list(range(len(sizes)))
+    last, first = torch.zeros(sizes, dtype=torch.float64), torch.ones(sizes, dtype=torch.float64)
+    last[_truth(conversation, index - 1)[0]] = 1.0
+    for place in every:  # what is known of the first picture
+        if source.attributes[place].relative and conversation.rounds[0].kind == "upload":
+            first.narrow(place, 1, sizes[place] - 1).zero_()
+    named = conversation.rounds[base + 1].edit if item.reference == "content" else None
     if named is None:
-        readings = [_walk_from(last, sizes, [None] * depth)]
-    else:
-        place = attribute_index(source, named.attribute)
-        between: list[list[int | None]] = [[-1 - place] * (depth - 1), [None] * (depth - 1)]
-        readings = [_walk_from(last, sizes, [*steps, place]) for steps in between]
-        value = source.attributes[place].values.index(named.value)
-        readings.append(_before(_walk_from(last, sizes, between[1]), place, value))
-    prior = _prior(source, item.base or 0)
-    return max(_best_guess(source, item, probability * prior) for probability in readings)
+        return _best_guess(source, item, _walk(last, every, depth) * _walk(first, every, base))
+    place = attribute_index(source, named.attribute)
+    value = source.attributes[place].values.index(named.value)
+    others = [other for other in every if other != place]
+    once = _undone(_walk(last, others, depth - 1), place, value) * _walk(first, others, base)
+    looks = _undone(_walk_back(last, place, value, depth - 1), place, value) * _walk_on(first, place, value, base)
+    # Where the attribute was changed once, either could have been said.
+    return max(_best_guess(source, item, once), _best_guess(source, item, looks - once / 2))
 
 
-def _prior(source: Source, edits: int) -> Tensor:
-    """Probabilities of states after edits of a picture that was brought: uniform but for `relative` attributes.
-
-    Returns:
-        Weights that broadcast against states, of size 1 along the attributes of which nothing is known.
-    """
-    unknown = [place for place, attribute in enumerate(source.attributes) if not attribute.relative]
-    return walk_distribution(attribute_sizes(source), [None] * edits).sum(unknown, keepdim=True)
+def _step(weights: Tensor, places: Sequence[int]) -> Tensor:
+    """Weights of states, shape `sizes`, after one of `places` got another value; the same way back."""
+    moved = torch.zeros_like(weights)
+    for place in places:
+        moved += (weights.sum(place, keepdim=True) - weights) / (weights.shape[place] - 1)
+    return moved
 
 
-def _walk_from(state: Sequence[int], sizes: Sequence[int], steps: Sequence[int | None]) -> Tensor:
-    """`walk_distribution` from a state: probabilities over states, shape `sizes`."""
-    probability = walk_distribution(sizes, steps)
-    for place, (value, size) in enumerate(zip(state, sizes, strict=True)):
-        order = list(range(size))
-        order[0], order[value] = value, 0  # all values but the start's are alike
-        probability = probability.index_select(place, torch.tensor(order))
-    return probability
+def _walk(weights: Tensor, places: Sequence[int], steps: int) -> Tensor:
+    """Weights of states after some steps, each of any of `places`; the same way back."""
+    for _ in range(steps):
+        weights = _step(weights, places)
+    return weights
 
 
-def _before(probability: Tensor, place: int, value: int) -> Tensor:
-    """States before an edit that set an attribute to a value, given the distribution of states after it."""
-    after = probability.select(place, value).unsqueeze(place)
-    allowed = (torch.arange(probability.shape[place]) != value).double()
-    shape = [-1 if axis == place else 1 for axis in range(probability.ndim)]
-    before = after * allowed.reshape(shape)
-    return before / before.sum()
+def _walk_on(weights: Tensor, place: int, value: int, steps: int) -> Tensor:
+    """Weights of states after some steps that begin without a value of an attribute, and never set it."""
+    shown = _shown(weights, place, value)
+    weights = weights.masked_fill(shown, 0)
+    for _ in range(steps):
+        weights = _step(weights, range(weights.ndim)).masked_fill(shown, 0)
+    return weights
+
+
+def _walk_back(weights: Tensor, place: int, value: int, steps: int) -> Tensor:
+    """Weights of states before some steps, of which none set an attribute to a value."""
+    shown, others = _shown(weights, place, value), [other for other in range(weights.ndim) if other != place]
+    for _ in range(steps):
+        weights = _step(weights, others) + _step(weights.masked_fill(shown, 0), [place])
+    return weights
+
+
+def _undone(weights: Tensor, place: int, value: int) -> Tensor:
+    """Weights of states before an edit that set an attribute to a value, given those of states after it."""
+    return _step(weights.masked_fill(~_shown(weights, place, value), 0), [place])
+
+
+def _shown(weights: Tensor, place: int, value: int) -> Tensor:
+    """Where an attribute has a value: bool, broadcasts against `weights`."""
+    shape = [-1 if axis == place else 1 for axis in range(weights.ndim)]
+    return (torch.arange(weights.shape[place]) == value).reshape(shape)
 
 
 def _best_guess(source: Source, item: Round, probability: Tensor) -> float:
