@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmlib import curriculum, data, layout
+from nmlib import curriculum, data, layout, runtime
 from nmlib.answer import Choose
 from nmlib.chat import ChatSession, System
 from nmlib.config import Params
@@ -15,7 +15,6 @@ from nmlib.conversation import Conversation, Edit, Round
 from nmlib.detokenizer import Detokenizer
 from nmlib.layout import PADDING, Layout, Template
 from nmlib.mllm import HistoryMLLM
-from nmlib.runtime import seed_everything
 from nmlib.timing import Result, Task, measure, summary
 from nmlib.vision import VisionTransformer
 
@@ -102,14 +101,14 @@ class Bench:
         return Conversation("bench", self.params.source.kind, (Round("here is a picture", "upload"), *edits))
 
     def model(self, tokens: int | None = None) -> tuple[HistoryMLLM, Template]:
-        """A fresh model that counts far enough, of the params' size or with another number of tokens a picture."""
-        seed_everything(self.params.seed)
+        """A fresh model on the device, that counts far enough; of the params' size or with other tokens a picture."""
+        runtime.seed_everything(self.params.seed)
         tokens = tokens or self.params.tokens_per_image
         settings, speaker = self.params.model, data.speaker(self.params)
         settings = settings.model_copy(update={"max_rounds": max(settings.max_rounds, self.sizes.rounds)})
         words = layout.build_tokenizer(speaker.attributes, tokens, settings.max_rounds, speaker.names)
         model, template = curriculum.new_model(settings, words, tokens, self.params.vision.feature_dim)
-        return model.eval(), template
+        return model.to(runtime.device()).eval(), template
 
     def system(self) -> System:
         """Fresh models of the params' size."""
@@ -118,7 +117,7 @@ class Bench:
         encoder = VisionTransformer(vision, size).eval()
         decoder = Detokenizer(self.params.detokenizer, size, vision.tokens, vision.feature_dim).eval()
         for module in (encoder, decoder, model):
-            module.requires_grad_(False)
+            module.to(runtime.device()).requires_grad_(False)
         return System(encoder, decoder, model, template, size)
 
     def session(self, system: System, rounds: int) -> ChatSession:

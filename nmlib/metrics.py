@@ -260,17 +260,25 @@ def walk_distribution(sizes: Sequence[int], steps: Sequence[int | None]) -> Tens
 def markov_ceiling(source: Source, conversation: Conversation, index: int) -> float:
     """The best chance of a policy that sees only the last picture and the instruction to hit the exact state.
 
-    The policy knows how conversations are drawn, and which round is the base: `depth` random edits lie between it and
-    the last picture. A new edit makes its attribute known, and says that the base had another value there. A reference
-    by content says more of the edit after the base: that nothing else changed its attribute ("before you changed the
-    wall"), or that no picture before had its value and no other edit set it ("the one before the blue wall"). Which of
-    both was said is not kept; the better counts. Of a picture that was brought, `relative` attributes are known.
-    Computed by enumeration over all states.
+    The policy knows how edits are drawn, and which round is the base: `depth` random edits lie between it and the last
+    picture. A new edit makes its attribute known, and says that the base had another value there. A reference by
+    content says more of the edit after the base: that nothing else changed its attribute ("before you changed the
+    wall"), or that no picture before had its value and no other edit set it ("the one before the blue wall"). Where
+    both could have been said, either is as likely, and the better counts. Of a picture that was brought, `relative`
+    attributes are known. Computed by enumeration over all states.
+
+    Not counted is what a request does not say: that a reference by number is likelier where none by content exists.
 
     Args:
         source: gives the number of values of each attribute.
         conversation: rounds before `index` are Markov.
         index: the rollback round.
+
+    Returns:
+        A chance in 0..1.
+
+    Raises:
+        ValueError: no conversation that is drawn here could ask this.
     """
     item, depth, sizes = conversation.rounds[index], conversation.depth(index), attribute_sizes(source)
     base, every = index - 1 - depth, list(range(len(sizes)))
@@ -287,8 +295,9 @@ def markov_ceiling(source: Source, conversation: Conversation, index: int) -> fl
     others = [other for other in every if other != place]
     once = _undone(_walk(last, others, depth - 1), place, value) * _walk(first, others, base)
     looks = _undone(_walk_back(last, place, value, depth - 1), place, value) * _walk_on(first, place, value, base)
-    # Where the attribute was changed once, either could have been said.
-    return max(_best_guess(source, item, once), _best_guess(source, item, looks - once / 2))
+    changed = [made.edit.attribute for made in conversation.rounds[1:index] if made.edit is not None]
+    readings = [looks - once / 2, *([once] if changed.count(named.attribute) == 1 else [])]
+    return max(_best_guess(source, item, weights) for weights in readings)
 
 
 def _step(weights: Tensor, places: Sequence[int]) -> Tensor:
@@ -334,14 +343,16 @@ def _shown(weights: Tensor, place: int, value: int) -> Tensor:
     return (torch.arange(weights.shape[place]) == value).reshape(shape)
 
 
-def _best_guess(source: Source, item: Round, probability: Tensor) -> float:
-    """The likeliest result's share, of weights over the states of the base."""
-    if item.edit is None:
-        total = float(probability.sum())
-        return float(probability.max()) / total if total else 0.0  # a reading that the start rules out
-    place = attribute_index(source, item.edit.attribute)
-    wanted = source.attributes[place].values.index(item.edit.value)
-    allowed = [value for value in range(probability.shape[place]) if value != wanted]
-    possible = probability.index_select(place, torch.tensor(allowed))
-    total = float(possible.sum())
-    return float(possible.sum(place).max()) / total if total else 0.0  # a reading that the edit rules out
+def _best_guess(source: Source, item: Round, weights: Tensor) -> float:
+    """The likeliest result's share, of weights of states of the base."""
+    if item.edit is not None:
+        place = attribute_index(source, item.edit.attribute)
+        wanted = source.attributes[place].values.index(item.edit.value)
+        weights = weights.masked_fill(_shown(weights, place, wanted), 0).sum(place)
+    total = float(weights.sum())
+    if not total:
+        raise ValueError(
+            f"request {item.instruction!r}: no conversation leads to it; expected a base without the value that is "
+            "asked for, and the first value of every `relative` attribute in a picture that was brought"
+        )
+    return float(weights.max()) / total

@@ -58,12 +58,13 @@ def training(bench: Bench) -> None:
 
 
 def learn(model: HistoryMLLM, batches: Sequence[Layout], features: Tensor) -> Callable[[], None]:
-    """A call that computes the gradients of batches."""
+    """A call that computes the gradients of batches, which lie where the model does."""
+    placed, pictures = [batch.to(model.device) for batch in batches], features.to(model.device)
 
     def step() -> None:
         model.train()
-        for batch in batches:
-            model(batch, features).total.backward()
+        for batch in placed:
+            model(batch, pictures).total.backward()
         model.zero_grad(set_to_none=True)
         model.eval()
 
@@ -135,7 +136,7 @@ class Recompute:
     def __init__(self, system: System, talk: Conversation, index: int) -> None:
         self.system, self.talk, self.index = system, talk_to(talk, index), index
         template = system.template
-        self.batch = template.prefix([self.talk], [index])
+        self.batch = template.prefix([self.talk], [index]).to(system.model.device)
         reply = template.reply(self.talk, index)
         self.start = self.batch.input_ids.shape[1] - template.tokens_per_image - len(reply)
         self.choose = forced(self.talk, template)
@@ -143,6 +144,7 @@ class Recompute:
     def answer(self, features: Tensor) -> Tensor:
         """Tokens (1, N, D_feature) of the round's picture, from features (R, N, D_feature) of those before."""
         model, template = self.system.model, self.system.template
+        features = features.to(model.device)
         embeds = model.embed(self.batch, features)[:, : self.start]  # (1, T, D)
         cache = PrefixCache(model, template.image_ids)
         hidden_states = cache.read(embeds, None, keep=True)  # (1, T, D)
@@ -214,7 +216,7 @@ def queries(bench: Bench) -> None:
 def one_by_one(cache: PrefixCache) -> Tensor:
     """What `query` gives (B, N, D_feature), with a forward pass for each query token; the history stays as it was."""
     fork, model = cache.fork(), cache.model
-    ids = torch.tensor(cache.image_ids).expand(cache.batch, -1)  # (B, N)
+    ids = torch.tensor(cache.image_ids, device=cache.device).expand(cache.batch, -1)  # (B, N)
     embeds = model.embed_queries(ids, ids.new_zeros(0), ids.new_full((cache.batch,), -1))  # (B, N, D)
     hidden_states = torch.cat([fork.read(part, None, keep=True) for part in embeds.split(1, dim=1)], dim=1)
     return model.draw(hidden_states, ids.new_zeros(0), ids.new_full((cache.batch,), -1)).float()  # (B, N, D_feature)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from toy import SETTINGS, open_run, raised
 
-from nmlib import bench, config, plan_stages, speed_plots, throughput, workloads
+from nmlib import bench, config, plan_stages, runtime, speed_plots, throughput, workloads
 from nmlib import records as stored_records
 from nmlib.bench_setup import QUICK, Bench, Sizes, tokens_of
 from nmlib.prefix_cache import PrefixCache
@@ -122,7 +122,7 @@ def test_the_plain_way_gives_the_same_picture() -> None:
     assert [node.base for node in session.tokens.nodes] == [None, 0, 1, 2, 3]
     features = torch.stack([session.tokens.tokens(index) for index in range(4)])
     answer = Recompute(system, maker.talk(5), 4).answer(features)[0]
-    torch.testing.assert_close(answer, session.tokens.tokens(4), **CLOSE)
+    torch.testing.assert_close(answer.cpu(), session.tokens.tokens(4).cpu(), **CLOSE)
 
 
 def test_token_by_token_gives_the_same_picture_and_leaves_the_history() -> None:
@@ -131,6 +131,16 @@ def test_token_by_token_gives_the_same_picture_and_leaves_the_history() -> None:
     cache.read_images(torch.randn(1, 9, model.feature_dim), 0)
     torch.testing.assert_close(one_by_one(cache), cache.query(), **CLOSE)
     assert cache.length == 9
+
+
+def test_models_lie_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a card, it is the card that is measured."""
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("meta"))
+    maker = quick()
+    assert maker.model()[0].device.type == "meta"
+    system = maker.system()
+    for module in (system.encoder, system.detokenizer, system.model):
+        assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
 
 
 def test_a_model_counts_as_far_as_the_workloads() -> None:
