@@ -315,7 +315,7 @@ def best_of_all(told: Conversation, base: int, source: Two, spoken: list[str]) -
 @given(
     data=st.data(),
     before=st.integers(0, 2),
-    depth=st.integers(1, 3),
+    depth=st.integers(1, 4),
     relative=st.sets(st.sampled_from(["ground", "square"])),
     content=st.booleans(),
 )
