@@ -281,27 +281,34 @@ def bars(
 
 
 def frontier(table: pd.DataFrame, lines: Mapping[str, float]) -> Figure:
-    """Identity against prompt compliance, a point with 95% bootstrap intervals for each stage.
+    """Identity against prompt compliance, a point with 95% bootstrap intervals for each stage; the best once larger.
 
     Args:
         table: rows of `people_experiments.personal_table`.
         lines: name -> identity to mark, for example the ceiling.
     """
-    figure = Figure(7.0, 4.4, layout="constrained")
-    axes = figure.subplots()
-    _plain(axes)
-    palette, points = colours(list(table["stage"].unique())), {}
-    for stage, colour in palette.items():
-        part = table[table["stage"] == stage]
-        x, y = (column_interval(part, name, 400) for name in ("compliance", "identity"))
-        spread = [[[p.value - p.low], [p.high - p.value]] for p in (x, y)]
-        axes.errorbar(x.value, y.value, xerr=spread[0], yerr=spread[1], fmt="o", color=colour, capsize=2)
-        points[stage] = (x.value, y.value)
+    whole, large = (figure := Figure(9.0, 4.4, layout="constrained")).subplots(1, 2)
+    palette = colours(list(table["stage"].unique()))
+    found = {
+        stage: [column_interval(table[table["stage"] == stage], name, 400) for name in ("compliance", "identity")]
+        for stage in palette
+    }
+    best = [max(pair[axis].value for pair in found.values()) for axis in (0, 1)]
+    near = [stage for stage, (x, y) in found.items() if x.value > best[0] / 2 and y.value > best[1] / 2]
+    for axes in (whole, large):
+        _plain(axes)
+        for stage in found if axes is whole else near:
+            (x, y), colour = found[stage], palette[stage]
+            across, up = ([[p.value - p.low], [p.high - p.value]] for p in (x, y))
+            axes.errorbar(x.value, y.value, up, across, fmt="o", color=colour, capsize=2)
+        axes.set(xlabel="named attributes that are right", ylabel="similarity to another true picture")
     for name, value in lines.items():
-        axes.axhline(value, color=MUTED, linestyle="--", linewidth=1)
-        axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, color=MUTED, va="bottom")
-    axes.set(xlabel="named attributes that are right", ylabel="similarity to another true picture")
-    _name_points(axes, points, palette)
+        whole.axhline(value, color=MUTED, linestyle="--", linewidth=1)
+        whole.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, color=MUTED, va="bottom")
+    (left, right), (bottom, top) = large.get_xlim(), large.get_ylim()
+    whole.indicate_inset((left, bottom, right - left, top - bottom))
+    for axes, shown in ((whole, found.keys() - set(near)), (large, near)):
+        _name_points(axes, {stage: (found[stage][0].value, found[stage][1].value) for stage in shown}, palette)
     return figure
 
 

@@ -117,15 +117,21 @@ def test_curves_have_a_panel_for_each_column() -> None:
 def test_names_of_neighbouring_points_do_not_cover_each_other() -> None:
     crowd = ("joint", "skip1", "skip2", "paired", "stage123")
     rows = [{"stage": name, "compliance": 0.5 + 0.001 * place, "identity": 0.5} for place, name in enumerate(crowd)]
-    figure = plots.frontier(pd.DataFrame([*rows, {"stage": "far", "compliance": 0.1, "identity": 0.9}] * 3), {})
-    axes = figure.axes[0]
+    others = [
+        {"stage": "far", "compliance": 0.1, "identity": 0.9},
+        {"stage": "apart", "compliance": 0.9, "identity": 0.5},
+    ]
+    figure = plots.frontier(pd.DataFrame([*rows, *others] * 3), {})
+    whole, large = figure.axes
     figure.draw_without_rendering()
-    names = [text for text in axes.texts if isinstance(text, Annotation)]
+    names = [text for axes in (whole, large) for text in axes.texts if isinstance(text, Annotation)]
     boxes = {text.get_text(): Text.get_window_extent(text) for text in names}  # without their lines
-    assert set(boxes) == {*crowd, "far"}
+    assert set(boxes) == {*crowd, "apart", "far"}
     assert not [(a, b) for a, b in combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
     lifted = {text.get_text() for text in names if text.arrow_patch is not None}
-    assert lifted and "far" not in lifted  # a name that had to go elsewhere has a line to its point
+    assert lifted and lifted < set(crowd)  # a name that had to go elsewhere has a line to its point
+    assert [text.get_text() for text in whole.texts] == ["far"], "the others are named where they are drawn larger"
+    assert [len(axes.containers) for axes in (whole, large)] == [7, 6]
 
 
 def test_losses_that_fall_far_are_drawn_on_a_logarithmic_scale() -> None:
