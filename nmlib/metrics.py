@@ -264,8 +264,8 @@ def markov_ceiling(source: Source, conversation: Conversation, index: int) -> fl
     picture. A new edit makes its attribute known, and says that the base had another value there. A reference by
     content says more of the edit after the base: that nothing else changed its attribute ("before you changed the
     wall"), or that no picture before had its value and no other edit set it ("the one before the blue wall"). Where
-    both could have been said, either is as likely, and the better counts. Of a picture that was brought, `relative`
-    attributes are known. Computed by enumeration over all states.
+    both could have been said, either is as likely, and the better counts. Of a picture that was brought, attributes
+    with a value `brought` are known. Computed by enumeration over all states.
 
     Not counted is what a request does not say: that a reference by number is likelier where none by content exists.
 
@@ -284,9 +284,9 @@ def markov_ceiling(source: Source, conversation: Conversation, index: int) -> fl
     base, every = index - 1 - depth, list(range(len(sizes)))
     last, first = torch.zeros(sizes, dtype=torch.float64), torch.ones(sizes, dtype=torch.float64)
     last[_truth(conversation, index - 1)[0]] = 1.0
-    for place in every:  # what is known of the first picture
-        if source.attributes[place].relative and conversation.rounds[0].kind == "upload":
-            first.narrow(place, 1, sizes[place] - 1).zero_()
+    for place, attribute in enumerate(source.attributes):  # what is known of the first picture
+        if attribute.brought is not None and conversation.rounds[0].kind == "upload":
+            first.masked_fill_(~_shown(first, place, attribute.values.index(attribute.brought)), 0)
     named = conversation.rounds[base + 1].edit if item.reference == "content" else None
     if named is None:
         return _best_guess(source, item, _walk(last, every, depth) * _walk(first, every, base))
@@ -353,6 +353,6 @@ def _best_guess(source: Source, item: Round, weights: Tensor) -> float:
     if not total:
         raise ValueError(
             f"request {item.instruction!r}: no conversation leads to it; expected a base without the value that is "
-            "asked for, and the first value of every `relative` attribute in a picture that was brought"
+            "asked for, and a picture that was brought with the values that such a picture has"
         )
     return float(weights.max()) / total

@@ -38,6 +38,7 @@ FRAMING = Attribute(
         "full body": ("the full body", "the whole body"),
     },
     relative=True,
+    brought="own",
     details={
         "close-up": ("a close up of {name}", "a close up picture of {name}", "{name} close up"),
         "bust": ("a bust of {name}", "{name} from the chest up", "{name} down to the shoulders"),
@@ -62,6 +63,7 @@ POSE = Attribute(
         "right": ("the look to the right", "a look to the right"),
     },
     relative=True,
+    brought="own",
     details={
         "front": ("looking at the camera", "facing the camera", "from the front"),
         "left": ("looking left", "looking to the left", "turned to the left"),

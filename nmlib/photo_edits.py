@@ -61,6 +61,7 @@ TONE = Attribute(
         "black and white": ("black and white", "the black and white look"),
         "sepia": ("sepia", "the sepia look"),
     },
+    brought="colour",
 )
 MIRROR = Attribute(
     name="mirror",
@@ -75,6 +76,7 @@ MIRROR = Attribute(
     },
     looks={"no": ("no mirroring", "no mirror effect"), "yes": ("the mirror image", "the swapped sides")},
     relative=True,
+    brought="no",
 )
 _POINTS = {"upright": "up", "left": "left", "right": "right", "upside down": "down"}
 _LIES = {
@@ -94,6 +96,7 @@ TURN = Attribute(
     commands={value: (*filled, *_LIES[value]) for value, filled in _fill(_TURN_COMMANDS, _POINTS).items()},
     looks=_fill(("the top pointing {}", "its top turned {}"), _POINTS),
     relative=True,
+    brought="upright",
 )
 BLUR = Attribute(
     name="blur",

@@ -82,8 +82,8 @@ class PhotoSource:
     A subject is (photo, x, y, size, order): index into `photos`, the crop's left and top edge as fractions of the room
     that the photograph leaves it, its side as a fraction of the photograph's short side, and an index into `ORDERS`.
 
-    Mirror and turn are `relative`: they are defined against the photograph as it was taken, which a conversation
-    holds and one picture does not.
+    A photograph that somebody brings is in colour, neither mirrored nor turned. Mirror and turn are `relative` to how
+    it was taken, which a conversation holds and one picture does not; nor does a grey picture hold its colours.
 
     Args:
         image_size: pixels a side, at least 16.
@@ -132,10 +132,14 @@ class PhotoSource:
         return torch.tensor(subjects, dtype=torch.float32).reshape(count, 5)  # (B, 5)
 
     def other_view(self, subjects: Tensor, generator: Generator) -> Tensor:
-        """The same crops (B, 5), each moved by at most a twentieth of what is free."""
+        """The same crops (B, 5), each moved by at most a twentieth of its side, as far as the photograph reaches."""
         viewed = subjects.clone()
+        sizes = torch.tensor([image.size for image in self._images], device=subjects.device)  # (P, 2)
+        sizes = sizes[subjects[:, 0].long()]  # (B, 2)
+        side = subjects[:, 3:4] * sizes.amin(1, keepdim=True)  # (B, 1)
         shift = 0.1 * torch.rand(len(subjects), 2, generator=generator) - 0.05  # (B, 2)
-        viewed[:, 1:3] = (viewed[:, 1:3] + shift.to(subjects.device)).clamp(0, 1)
+        moved = shift.to(subjects.device) * side / (sizes - side).clamp_min(1)  # (B, 2), shares of what is free
+        viewed[:, 1:3] = (viewed[:, 1:3] + moved).clamp(0, 1)
         return viewed
 
     def render(self, subjects: Tensor, values: Tensor) -> Tensor:

@@ -265,8 +265,9 @@ def open_conversation(
 ) -> Conversation:
     """A conversation of one round, with a random state of the source; of a picture brought, as it is.
 
-    Nobody can tell from a picture of something unknown which way up it was taken. So `relative` attributes of a picture
-    that a person brings have their first value, and all that is asked later has an answer.
+    Nobody can tell from a picture of something unknown which way up it was taken, nor from a grey one its colours. So
+    attributes of a picture that a person brings have their value `brought`, where there is one, and all that is asked
+    later has an answer.
 
     Args:
         source: an exact source.
@@ -278,7 +279,9 @@ def open_conversation(
     """
     while True:
         values = tuple(
-            0 if attribute.relative and not describe else rng.randrange(len(attribute.values))
+            rng.randrange(len(attribute.values))
+            if describe or attribute.brought is None
+            else attribute.values.index(attribute.brought)
             for attribute in source.attributes
         )
         if split == "any" or not is_heldout_state(values):

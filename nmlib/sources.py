@@ -29,7 +29,8 @@ class Attribute:
             (for example no hat) has phrases such as `"no hat"`.
         relative: no single picture reveals the value for certain, because it is defined against the subject as
             it first was (a mirrored photograph). A conversation does: a picture that a person brings is how the subject
-            first was, and has the first value.
+            first was, so that `brought` must be given.
+        brought: the value of every picture that a person brings, which is as it was taken; None where it may be any.
         details: value -> clauses that say it of a person asked for by name, for example `"on a blue wall"`; one that
             contains `{name}` opens the sentence. A value without any cannot be said of a person.
     """
@@ -40,6 +41,7 @@ class Attribute:
     commands: Mapping[str, tuple[str, ...]]
     looks: Mapping[str, tuple[str, ...]]
     relative: bool = False
+    brought: str | None = None
     details: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,6 +52,9 @@ class Attribute:
                     f"attribute {self.name!r}: {name} has phrases for {sorted(phrases)}, expected at least one for "
                     f"each of {sorted(self.values)}"
                 )
+        expected = [*self.values, *([] if self.relative else [None])]
+        if self.brought not in expected:
+            raise ValueError(f"attribute {self.name!r}: brought is {self.brought!r}, expected one of {expected}")
 
 
 @runtime_checkable

@@ -26,12 +26,12 @@ State = tuple[int, ...]
 
 
 class Two(ToySource):
-    """Two attributes: a ground of 2 values and a square of 3, either `relative` on request."""
+    """Two attributes: a ground of 2 values and a square of 3, on request `brought` with one value."""
 
-    def __init__(self, *relative: str) -> None:
+    def __init__(self, **brought: str) -> None:
         super().__init__()
         attributes = (self.attributes[1], self.attributes[0])
-        self.attributes = tuple(replace(item, relative=item.name in relative) for item in attributes)
+        self.attributes = tuple(replace(item, brought=brought.get(item.name)) for item in attributes)
 
 
 TWO = Two()
@@ -267,7 +267,8 @@ def histories(steps: int, source: Two) -> Iterator[tuple[list[State], list[tuple
             yield from go([*states, other], [*made, (place, other[place])], chance * part)
 
     for first in itertools.product(*[range(size) for size in sizes]):
-        if not any(item.relative and value for item, value in zip(source.attributes, first, strict=True)):
+        names = [item.values[value] for item, value in zip(source.attributes, first, strict=True)]
+        if all(item.brought in (None, name) for item, name in zip(source.attributes, names, strict=True)):
             yield from go([first], [], 1.0)
 
 
@@ -316,16 +317,17 @@ def best_of_all(told: Conversation, base: int, source: Two, spoken: list[str]) -
     data=st.data(),
     before=st.integers(0, 2),
     depth=st.integers(1, 4),
-    relative=st.sets(st.sampled_from(["ground", "square"])),
+    brought=st.fixed_dictionaries({}, optional={a.name: st.sampled_from(a.values) for a in TWO.attributes}),
     content=st.booleans(),
 )
 def test_ceiling_against_all_conversations(
-    data: st.DataObject, before: int, depth: int, relative: set[str], content: bool
+    data: st.DataObject, before: int, depth: int, brought: dict[str, str], content: bool
 ) -> None:
-    """Of what is brought the `relative` attributes are known; `before` edits precede the base."""
-    source = Two(*relative)
-    sizes = [0 if item.relative else len(item.values) - 1 for item in source.attributes]
-    first = data.draw(st.tuples(*[st.integers(0, last) for last in sizes]))
+    """Of what is brought some values are known; `before` edits precede the base."""
+    source = Two(**brought)
+    free = [[item.brought] if item.brought else item.values for item in source.attributes]
+    names = data.draw(st.tuples(*map(st.sampled_from, free)))
+    first = tuple(item.values.index(name) for item, name in zip(source.attributes, names, strict=True))
 
     def edit(state: State) -> tuple[str, str]:
         place = data.draw(st.integers(0, 1))
@@ -354,19 +356,22 @@ def test_a_picture_made_from_words_may_start_anyhow() -> None:
     """Ground or square was edited, 1/2 each; but a picture that is brought has a dark ground, which is light now."""
     told = asked(GROUND, None, base=0)
     described = replace(told, rounds=(replace(told.rounds[0], kind="describe"), *told.rounds[1:]))
-    assert markov_ceiling(Two("ground"), told, 2) == pytest.approx(1.0)
-    assert markov_ceiling(Two("ground"), described, 2) == pytest.approx(1 / 2)
+    assert markov_ceiling(Two(ground="dark"), told, 2) == pytest.approx(1.0)
+    assert markov_ceiling(Two(ground="dark"), described, 2) == pytest.approx(1 / 2)
 
 
 def test_what_changed_twice_is_not_named_by_its_noun() -> None:
     """The square was set twice, from what it is in pictures that are brought: only its look names the picture."""
     told = asked(("square", "blue"), SQUARE, None, base=1, reference="content")
-    assert markov_ceiling(Two("square"), told, 3) == pytest.approx(1 / 2)
+    assert markov_ceiling(Two(square="red"), told, 3) == pytest.approx(1 / 2)
     once = asked(GROUND, SQUARE, None, base=1, reference="content")
-    assert markov_ceiling(Two("square"), once, 3) == pytest.approx(1.0)
+    assert markov_ceiling(Two(square="red"), once, 3) == pytest.approx(1.0)
 
 
 def test_a_request_that_nobody_could_make_is_refused() -> None:
     told = asked(SQUARE, None, base=0, reference="content", first=(1, 0))
-    message = raised(lambda: markov_ceiling(Two("ground"), told, 2), ValueError)
-    assert message.startswith("request 'x': no conversation leads to it; expected a base") and "`relative`" in message
+    message = raised(lambda: markov_ceiling(Two(ground="dark"), told, 2), ValueError)
+    assert (
+        message.startswith("request 'x': no conversation leads to it; expected a base")
+        and "that was brought" in message
+    )

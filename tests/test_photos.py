@@ -68,6 +68,8 @@ def test_is_a_source(source: PhotoSource) -> None:
     assert (source.name, source.image_size) == ("photos", SIZE)
     assert attribute_sizes(source) == (3, 2, 4, 2, 5, 3, 3)
     assert [attribute.name for attribute in source.attributes if attribute.relative] == ["mirror", "turn"]
+    brought = {attribute.name: attribute.brought for attribute in source.attributes if attribute.brought is not None}
+    assert brought == {"tone": "colour", "mirror": "no", "turn": "upright"}
 
 
 def test_pictures_have_the_promised_form(source: PhotoSource, subjects: Tensor) -> None:
@@ -214,8 +216,10 @@ def test_an_order_swaps_the_channels_before_the_edits(source: PhotoSource, subje
 def test_another_view_is_the_same_photograph_in_the_same_colours(source: PhotoSource, subjects: Tensor) -> None:
     viewed = source.other_view(subjects, torch.Generator().manual_seed(4))
     assert torch.equal(viewed[:, [0, 3, 4]], subjects[:, [0, 3, 4]])
-    moved = (viewed - subjects)[:, 1:3].abs()
-    assert 0 < moved.max() <= 0.05 + 1e-6 and viewed[:, 1:3].min() >= 0 and viewed[:, 1:3].max() <= 1
+    sizes = torch.tensor([photo.load().size for photo in source.photos])[subjects[:, 0].long()]  # (B, 2)
+    side = subjects[:, 3:4] * sizes.amin(1, keepdim=True)  # (B, 1)
+    moved = (viewed - subjects)[:, 1:3].abs() * (sizes - side) / side  # (B, 2), shares of the side
+    assert 0.01 < moved.max() <= 0.05 + 1e-6 and viewed[:, 1:3].min() >= 0 and viewed[:, 1:3].max() <= 1
     draw(source, viewed)  # which refuses subjects that are out of range
 
 

@@ -57,7 +57,8 @@ def test_every_text_names_some_attributes_that_show() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.attributes = (self.attributes[0], replace(self.attributes[1], relative=True), self.attributes[2])
+            mirrored = replace(self.attributes[1], relative=True, brought=self.attributes[1].values[0])
+            self.attributes = (self.attributes[0], mirrored, self.attributes[2])
 
     named = prompts.draw_named(random.Random(0), Mirrored(), 200)
     assert prompts.visible(Mirrored()) == [0, 2] and not named[:, 1].any()

@@ -54,11 +54,14 @@ class Turned(ToySource):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attributes = (replace(self.attributes[0], relative=True), *self.attributes[1:])
+        self.attributes = (
+            replace(self.attributes[0], relative=True, brought=self.attributes[0].values[0]),
+            *self.attributes[1:],
+        )
 
 
 def test_a_picture_that_is_brought_is_as_it_was_taken() -> None:
-    """What no picture reveals has its first value there; a picture made from words may have any."""
+    """What no picture reveals has the value of all such pictures; a picture made from words may have any."""
     source, first = Turned(), dict[bool, set[int]]()
     for describe in (False, True):
         opened = [
@@ -71,6 +74,14 @@ def test_a_picture_that_is_brought_is_as_it_was_taken() -> None:
         first[describe] = {values[0] for values in states}
         assert {values[1] for values in states} == set(range(len(source.attributes[1].values)))
     assert first == {False: {0}, True: set(range(len(source.attributes[0].values)))}
+
+
+def test_brought_must_be_a_value_and_what_is_relative_needs_one() -> None:
+    edge = ToySource().attributes[2]
+    message = raised(lambda: replace(edge, brought="gold"), ValueError)
+    assert message == "attribute 'edge': brought is 'gold', expected one of ['none', 'white', None]"
+    message = raised(lambda: replace(edge, relative=True), ValueError)
+    assert message == "attribute 'edge': brought is None, expected one of ['none', 'white']"
 
 
 # ---------------------------------------------------------------------------------------------------------
