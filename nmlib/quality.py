@@ -47,7 +47,7 @@ def probe_table(run: Run, source: Source, encoder: VisionTransformer) -> pd.Data
     (inputs, labels), (test_inputs, test_labels) = sets
     rows = []
     for place, attribute in enumerate(source.attributes):
-        probe = LogisticRegression(C=0.1, max_iter=200, tol=1e-3).fit(inputs, labels[:, place])
+        probe = LogisticRegression(C=0.1, max_iter=1000, tol=1e-3).fit(inputs, labels[:, place])
         accuracy = float(probe.score(test_inputs, test_labels[:, place]))
         row = {"attribute": attribute.name, "accuracy": accuracy, "chance": 1 / len(attribute.values)}
         rows.append(row | {"relative": attribute.relative})
