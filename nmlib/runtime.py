@@ -8,6 +8,7 @@ import ast
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -282,18 +283,16 @@ def library_imports(*modules: str) -> list[str]:
     return sorted(found)
 
 
-def imported_modules(source: str) -> list[str]:
-    """Modules of the library that a piece of Python source imports itself, at any depth of nesting."""
-    names: set[str] = set()
+@functools.cache  # every record asks for the imports of half the library
+def imported_modules(source: str) -> tuple[str, ...]:
+    """Modules of the library that a piece of Python source imports itself, at any depth of nesting; sorted."""
+    dotted: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            dotted = [alias.name for alias in node.names]
+            dotted |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        names |= {name.split(".")[1] for name in dotted if name.startswith("nmlib.")}
-    return sorted(names)
+            dotted |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return tuple(sorted({name.split(".")[1] for name in dotted if name.startswith("nmlib.")}))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def read_step(path: Path, names: Sequence[str]) -> Step:
             raise RunError(f"{path}: metadata nmlib.needs lists {listed}; the other notebooks are {others}")
     library = runtime.library_digest(*modules) if modules else ""
     quiet = bool(told.get("quiet"))
-    return Step(path, _digest(cells), library, tuple(needs), tuple(modules), quiet, told.get("about"))
+    return Step(path, _digest(cells), library, tuple(needs), modules, quiet, told.get("about"))
 
 
 def _plain_python(source: str) -> str:

@@ -201,7 +201,7 @@ def test_progress_is_plain_text_on_stderr(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_library_imports_follow_every_kind_of_import() -> None:
     source = "import nmlib.world\nfrom nmlib import config as c\ndef f():\n    from nmlib.records import table\n"
-    assert runtime.imported_modules(source) == ["config", "records", "world"]
+    assert runtime.imported_modules(source) == ("config", "records", "world")
     assert runtime.library_imports("records") == ["config", "extra_settings", "records", "runtime", "settings"]
     assert runtime.library_digest("records") == runtime.library_digest("runtime", "records")
     assert runtime.library_digest("records") != runtime.library_digest("runtime")
