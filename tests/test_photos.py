@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from nmlib import phrases
+from nmlib.experiments import probe_conversations
 from nmlib.photo_edits import FRAMES, LIGHT_SHARE, SEPIA, STEPS, TINT_SHARE, TINTS, apply
 from nmlib.photos import ORDERS, PHOTOS, SMALLEST_CROP, Photo, PhotoError, PhotoSource
 from nmlib.sources import Source, attribute_index, attribute_sizes
@@ -70,6 +71,18 @@ def test_is_a_source(source: PhotoSource) -> None:
     assert [attribute.name for attribute in source.attributes if attribute.relative] == ["mirror", "turn"]
     brought = {attribute.name: attribute.brought for attribute in source.attributes if attribute.brought is not None}
     assert brought == {"tone": "colour", "mirror": "no", "turn": "upright"}
+
+
+def test_colours_that_are_asked_for_were_shown(source: PhotoSource) -> None:
+    """Nobody knows the colours of a grey picture, and every request of a test conversation has an answer."""
+    place, asked = attribute_index(source, "tone"), 0
+    for conversation in probe_conversations(source, 60, 6, 1):
+        for number, item in enumerate(conversation.rounds[1:], 1):
+            if item.edit is not None and (item.edit.attribute, item.edit.value) == ("tone", "colour"):
+                shown = {earlier.values[place] for earlier in conversation.rounds[:number] if earlier.values}
+                assert source.attributes[place].values.index("colour") in shown
+                asked += 1
+    assert asked > 5
 
 
 def test_pictures_have_the_promised_form(source: PhotoSource, subjects: Tensor) -> None:

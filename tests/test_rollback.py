@@ -55,7 +55,7 @@ class Turned(ToySource):
     def __init__(self) -> None:
         super().__init__()
         self.attributes = (
-            replace(self.attributes[0], relative=True, brought=self.attributes[0].values[0]),
+            replace(self.attributes[0], relative=True, brought=self.attributes[0].values[1]),
             *self.attributes[1:],
         )
 
@@ -73,7 +73,7 @@ def test_a_picture_that_is_brought_is_as_it_was_taken() -> None:
         states = [values for conversation in opened if (values := conversation.rounds[0].values)]
         first[describe] = {values[0] for values in states}
         assert {values[1] for values in states} == set(range(len(source.attributes[1].values)))
-    assert first == {False: {0}, True: set(range(len(source.attributes[0].values)))}
+    assert first == {False: {1}, True: set(range(len(source.attributes[0].values)))}
 
 
 def test_brought_must_be_a_value_and_what_is_relative_needs_one() -> None:
